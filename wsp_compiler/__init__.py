@@ -1,0 +1,47 @@
+"""A compiler for Winograd-structured-pruned convolutional networks.
+
+    import wsp_compiler
+    compiled = wsp_compiler.compile(model.eval(), pr=0.8, example_inputs=(x,))
+    y = compiled(x)
+    print(compiled.report())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wsp_compiler import errors
+from wsp_compiler.api import compile
+from wsp_compiler.options import CompileOptions, PruneRule
+from wsp_compiler.passes import PassBase, Pipeline, Rewrites, pipeline
+from wsp_compiler.plan import PruningPlan, SitePlan
+from wsp_compiler.sites import ConvSite, find_sites
+
+if TYPE_CHECKING:
+    from wsp_compiler.runtime import CompiledModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileOptions",
+    "CompiledModule",
+    "ConvSite",
+    "PassBase",
+    "Pipeline",
+    "PruneRule",
+    "PruningPlan",
+    "Rewrites",
+    "SitePlan",
+    "compile",
+    "errors",
+    "find_sites",
+    "pipeline",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CompiledModule":  # its module loads tvm
+        from wsp_compiler.runtime import CompiledModule
+
+        return CompiledModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

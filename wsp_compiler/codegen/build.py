@@ -1,0 +1,158 @@
+"""PrimFunc -> BuiltKernel: lower, generate, compile, cache on disk, load in process.
+
+The CPU code and the host side of CUDA kernels are object files loaded by ORC JIT, so no host compiler or linker
+is needed. CUDA text is compiled by :mod:`wsp_compiler.codegen.cuda_compiler`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from wsp_compiler.codegen import cache
+from wsp_compiler.codegen.cuda_compiler import choose_compiler, compile_cuda
+from wsp_compiler.codegen.targets import CodeTarget, host_cpu
+from wsp_compiler.codegen.tvm_import import tvm
+from wsp_compiler.errors import BuildError
+
+_lock = threading.RLock()
+_loaded: dict[str, BuiltKernel] = {}
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel ready to call: ``function(*tensors_and_scalars)`` and its generated text."""
+
+    function: Callable[..., None]
+    text: Callable[[], str]
+
+
+def versions() -> str:
+    """Versions that a cached kernel depends on."""
+    names = ("apache-tvm", "apache-tvm-ffi", "apache-tvm-ffi-orcjit")
+    return ",".join(f"{name}={version(name)}" for name in names)
+
+
+def tvm_target(target: CodeTarget) -> Any:
+    """The tvm.target.Target of a CodeTarget."""
+    if target.is_cuda:
+        return tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "llvm", "mcpu": host_cpu()})
+    return tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "opt-level": 3})
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Generated code before compilation of the device side.
+
+    ``host`` is a runtime module (LLVM); ``cuda_text`` and ``launch`` (the metadata of its kernels as JSON) are
+    empty for the CPU.
+    """
+
+    host: Any
+    cuda_text: str = ""
+    launch: str = ""
+
+
+def lower(function: Any, name: str, target: CodeTarget) -> Lowered:
+    """Run TVM's TIRx pipeline and code generators on one PrimFunc."""
+    from tvm.tirx.build import split_host_device_mods
+
+    tvm_kind = tvm_target(target)
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    module = tvm.tirx.transform.BindTarget(tvm_kind.with_host(tvm_kind.host or tvm_kind))(module)
+    pipeline, finish_host, finish_device = tvm.tirx.get_tir_pipeline("tirx")
+    with tvm_kind:
+        host, devices = split_host_device_mods(pipeline(module))
+        host = finish_host()(host)
+        text, launch = "", ""
+        for device_target, device_module in devices.items():
+            finished = finish_device()(device_module)
+            os.environ["TVM_COMPILE_FORCE_FALLBACK"] = "1"  # keep text: we compile it ourselves
+            try:
+                text = tvm.get_global_func("target.build.cuda")(finished, device_target).inspect_source("cuda")
+            finally:
+                del os.environ["TVM_COMPILE_FORCE_FALLBACK"]
+            launch = _launch_metadata(finished)
+        if target.is_cuda and not text:
+            raise BuildError("the kernel has no device code", where=name, fix="please report this")
+        return Lowered(tvm.get_global_func("target.build.llvm")(host, tvm_kind.host or tvm_kind), text, launch)
+
+
+def _launch_metadata(module: Any) -> str:
+    infos: dict[str, Any] = {}
+    for variable, function in module.functions.items():
+        name = variable.name_hint
+        types = ["handle" if type(p.ty).__name__ == "PointerType" else str(p.ty) for p in function.params]
+        tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
+        infos[name] = {"name": name, "arg_types": types, "launch_param_tags": tags}
+    return json.dumps({"tvm_version": tvm.__version__, "func_info": infos})
+
+
+def _object_file(module: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.o"
+        module.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def _load(entry: dict[str, bytes], name: str) -> Any:
+    import tvm_ffi
+    import tvm_ffi_orcjit
+
+    module = tvm_ffi_orcjit.default_session().load_module(entry["object"])
+    if "cubin" in entry:
+        metadata = tvm_ffi.get_global_func("runtime.LoadMetaDataFromJSON")(entry["launch"].decode())
+        create = tvm_ffi.get_global_func("ffi.Module.create.cuda")
+        module.import_module(create(entry["cubin"], "cubin", metadata, {}))
+    return module.get_function(name)
+
+
+def build(make: Callable[[], Any], name: str, target: CodeTarget) -> BuiltKernel:
+    """The callable kernel of a PrimFunc, from memory, from disk, or compiled now.
+
+    Args:
+        make: returns the PrimFunc.
+        name: the symbol to give it.
+        target: what to generate for.
+
+    Raises:
+        BuildError: the generated code does not compile or load.
+    """
+    with _lock:  # TVM's parser and pass context are not thread safe
+        function = make()
+        compiler = choose_compiler() if target.is_cuda else "llvm"
+        key = cache.cache_key(name, function.script(), str(tvm_target(target)), versions(), compiler)
+        if key in _loaded:
+            return _loaded[key]
+        entry = cache.load(key)
+        symbol = None
+        if entry is not None:
+            try:
+                symbol = _load(entry, name)
+            except Exception:  # a stale or foreign entry: rebuild it
+                entry = None
+        if entry is None or symbol is None:
+            lowered = lower(function, name, target)
+            entry = {"object": _object_file(lowered.host)}
+            if target.is_cuda:
+                entry["text"] = lowered.cuda_text.encode()
+                entry["launch"] = lowered.launch.encode()
+                entry["cubin"] = compile_cuda(lowered.cuda_text, target.arch, compiler)
+            cache.store(key, entry)
+            symbol = _load(entry, name)
+        text = entry.get("text")
+
+        def source() -> str:
+            if text is not None:
+                return text.decode()
+            return str(lower(make(), name, target).host.inspect_source("ll"))
+
+        _loaded[key] = BuiltKernel(symbol, source)
+        return _loaded[key]

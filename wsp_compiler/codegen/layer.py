@@ -1,0 +1,198 @@
+"""WinogradLayer: the launcher of one lowered convolution. Picks, builds and caches kernels per input kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsp_compiler.codegen.cpu_launch import CpuLayer
+from wsp_compiler.codegen.cuda_launch import CudaLayer
+from wsp_compiler.codegen.spec import KernelSpec
+from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.errors import InputError
+from wsp_compiler.ops import WinogradSite, apply_activation, suggest_channels_last
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+on_build: list[Callable[[], None]] = []
+"""Called whenever a layer has prepared kernels for a new kind of input (progress displays)."""
+
+
+def effective_precision(option: str | None, dtype: torch.dtype, target: CodeTarget) -> str:
+    """Arithmetic of the matrix products for input ``dtype``.
+
+    None follows the dtype; float32 on CUDA follows ``torch.backends.cudnn.allow_tf32``; float16 on the CPU is
+    computed in fp32.
+    """
+    if option is not None:
+        return option
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if not target.is_cuda:
+        return "fp32"
+    if dtype == torch.float16:
+        return "fp16"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+
+
+class WinogradLayer(nn.Module):
+    """Runs one lowered convolution with the generated kernels.
+
+    Kernels are specialised on height, width, dtype, memory format and epilogue on first use; the batch size
+    stays symbolic.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        site: WinogradSite,
+        slope: Tensor | None,
+        padding: tuple[int, int],
+        tile: int,
+        activation: str,
+        channels_last: bool,
+        precision: str | None,
+        target: CodeTarget,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.site = site
+        self.slope = slope
+        self.padding, self.tile, self.activation = padding, tile, activation
+        self.channels_last, self.precision, self.target = channels_last, precision, target
+        positions = site.row_offset.numel() - 1
+        self.filters: int = site.bias.numel()
+        full_rows = site.rows.numel() == positions * self.filters
+        self.channels: int = site.keep.shape[2] if site.keep.shape[2] > 1 else int(site.columns.max()) + 1
+        self.rows_pruned = not full_rows
+        self.columns_pruned = site.columns.numel() != positions * self.channels
+        self.notes: list[str] = []
+        self._state: dict[str, Any] = {"shape": None, "layers": {}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": {"shape": self.last_shape, "layers": {}}}
+
+    @property
+    def last_shape(self) -> tuple[int, ...] | None:
+        """Shape of the input of the last call."""
+        return self._state["shape"]
+
+    def sources(self) -> list[str]:
+        """Text of the kernels built so far."""
+        return [layer.source() for layer in self._state["layers"].values()]
+
+    def _where(self) -> str:
+        return f"convolution {self.path}"
+
+    def _prepare(self, x: Tensor, residual: bool, plain: bool = False) -> tuple[Tensor, CpuLayer | CudaLayer]:
+        """The input as the kernels take it, and the kernels for it; ``plain`` leaves out the epilogue."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise InputError(
+                f"expected an input [N, {self.channels}, H, W], got {list(x.shape)}",
+                where=self._where(),
+                fix=f"give it {self.channels} channels",
+            )
+        if x.device != self.target.device or x.dtype not in DTYPES:
+            raise InputError(
+                f"expected a float32, float16 or bfloat16 tensor on {self.target.device}, got {x.dtype} on {x.device}",
+                where=self._where(),
+                fix="convert the input, or compile the model for that device",
+            )
+        self._state["shape"] = tuple(x.shape)
+        key = (
+            DTYPES[x.dtype],
+            x.shape[2],
+            x.shape[3],
+            x.stride(1) == 1,
+            self.channels_last or suggest_channels_last(x),
+            residual,
+            "none" if plain else self.activation,
+            effective_precision(self.precision, x.dtype, self.target),
+        )
+        layers: dict[Any, CpuLayer | CudaLayer] = self._state["layers"]
+        if key not in layers:
+            layers[key] = self._build(*key)
+            for callback in on_build:
+                callback()
+        return x, layers[key]
+
+    def _build(
+        self,
+        dtype: str,
+        height: int,
+        width: int,
+        input_last: bool,
+        output_last: bool,
+        residual: bool,
+        activation: str,
+        precision: str,
+    ) -> CpuLayer | CudaLayer:
+        spec = KernelSpec(
+            filters=self.filters,
+            channels=self.channels,
+            height=height,
+            width=width,
+            padding=self.padding,
+            tile=self.tile,
+            dtype=dtype,
+            precision=precision,
+            input_channels_last=input_last,
+            output_channels_last=output_last,
+            columns_pruned=self.columns_pruned,
+            rows_pruned=self.rows_pruned,
+            residual=residual,
+            activation=activation,
+        )
+        if min(spec.output_size) < 1:
+            raise InputError(
+                f"a {height}x{width} input is smaller than the 3x3 filter",
+                where=self._where(),
+                fix="give a larger image",
+            )
+        kind = CudaLayer if self.target.is_cuda else CpuLayer
+        return kind(spec, self.site, self.slope, self.target)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution with its epilogue: [N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out]."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
+        x, layer = self._prepare(x, residual is not None)
+        if residual is None or _fits(residual, x, layer.spec):
+            return layer.run(x, residual)
+        x, layer = self._prepare(x, False, plain=True)
+        return self._add(layer.run(x, None), residual)
+
+    def _add(self, y: Tensor, residual: Tensor) -> Tensor:
+        """A residual that broadcasts or promotes the dtype is added by PyTorch."""
+        return apply_activation(y + residual, self.activation, self.slope)
+
+    def input_transform(self, x: Tensor) -> Tensor:
+        """V of x, in the kernels' own layout."""
+        x, layer = self._prepare(x, False, plain=True)
+        return layer.input_transform(x)
+
+    def sparse_bgemm(self, V: Tensor, x: Tensor) -> Tensor:
+        """M from V, both in the kernels' own layout."""
+        x, layer = self._prepare(x, False, plain=True)
+        return layer.sparse_bgemm(V, x)
+
+    def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer's output from M."""
+        x, layer = self._prepare(x, residual is not None)
+        if residual is None or _fits(residual, x, layer.spec):
+            return layer.output_transform(M, x, residual)
+        x, layer = self._prepare(x, False, plain=True)
+        return self._add(layer.output_transform(M, x, None), residual)
+
+
+def _fits(residual: Tensor, x: Tensor, spec: KernelSpec) -> bool:
+    """True if the residual can be added inside the kernel."""
+    return (
+        tuple(residual.shape) == (x.shape[0], spec.filters, *spec.output_size)
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )

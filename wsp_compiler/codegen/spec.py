@@ -1,0 +1,129 @@
+"""KernelSpec: what a layer's kernels compute. CpuConfig and CudaConfig: every knob of how they do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wsp_compiler.errors import OptionError
+from wsp_compiler.winograd import WinogradTransform, output_size, tile_grid, transform
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One layer's computation, apart from its weights and the batch size. Hashable: part of the cache key.
+
+    Attributes:
+        filters, channels: n and c.
+        height, width: of one input image.
+        padding: (vertical, horizontal).
+        tile: output tile side m.
+        dtype: element type of input, residual and output: "float32", "float16" or "bfloat16".
+        precision: arithmetic of the matrix products: "fp32", "tf32", "fp16" or "bf16".
+        input_channels_last, output_channels_last: element order of the images.
+        columns_pruned: the layer keeps columns; otherwise every position has all c columns.
+        rows_pruned: some rows are missing; otherwise every position has all n rows.
+        residual: a tensor is added before the activation.
+        activation: one of ops.ACTIVATIONS.
+    """
+
+    filters: int
+    channels: int
+    height: int
+    width: int
+    padding: tuple[int, int]
+    tile: int
+    dtype: str
+    precision: str
+    input_channels_last: bool
+    output_channels_last: bool
+    columns_pruned: bool
+    rows_pruned: bool
+    residual: bool
+    activation: str
+
+    @property
+    def winograd(self) -> WinogradTransform:
+        """The transform's matrices."""
+        return transform(self.tile)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(H_out, W_out)."""
+        return (output_size(self.height, self.padding[0]), output_size(self.width, self.padding[1]))
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tile rows and tile columns of one image."""
+        return tile_grid(self.height, self.width, self.padding, self.tile)
+
+    @property
+    def tiles_per_image(self) -> int:
+        """Tiles of one image."""
+        return self.tiles[0] * self.tiles[1]
+
+
+@dataclass(frozen=True)
+class CpuConfig:
+    """Knobs of the CPU kernels.
+
+    Attributes:
+        lanes: float32 values per vector (16 for AVX-512, 8 for AVX2, 4 for NEON).
+        vectors: vectors of filters in one register block.
+        tile_block: tiles in one register block; tile_block * vectors accumulators live in registers.
+        slice_bytes: transformed input that one thread works on at a time, to stay in its L2 cache.
+    """
+
+    lanes: int
+    vectors: int
+    tile_block: int
+    slice_bytes: int = 512 * 1024
+
+    def __post_init__(self) -> None:
+        if self.lanes not in (4, 8, 16) or not 1 <= self.vectors <= 8 or not 1 <= self.tile_block <= 32:
+            raise OptionError(f"{self} is out of range", where="CpuConfig", fix="lanes 4, 8 or 16; vectors 1-8")
+
+    @property
+    def row_block(self) -> int:
+        """Filters of one register block."""
+        return self.lanes * self.vectors
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """Knobs of the batched GEMM on CUDA. Tiles are the rows of a block, filters its columns.
+
+    Attributes:
+        block_tiles, block_filters: output block of one thread block.
+        warps_tiles, warps_filters: how the warps divide it.
+        stages: shared-memory stages of the asynchronous copy ring.
+        chunks: 16-byte chunks of the reduction dimension per stage (4 or 8).
+    """
+
+    block_tiles: int = 128
+    block_filters: int = 32
+    warps_tiles: int = 4
+    warps_filters: int = 1
+    stages: int = 3
+    chunks: int = 4
+
+    def __post_init__(self) -> None:
+        warp_tiles, rest_tiles = divmod(self.block_tiles, self.warps_tiles * 16)
+        warp_filters, rest_filters = divmod(self.block_filters, self.warps_filters * 16)
+        if rest_tiles or rest_filters or not warp_tiles or not warp_filters:
+            raise OptionError(
+                f"{self}: a warp's block must be a multiple of 16 x 16", where="CudaConfig", fix="change the block"
+            )
+        if self.chunks not in (4, 8) or self.stages < 2 or self.shared_bytes > 227 * 1024:
+            raise OptionError(
+                f"{self}: stages >= 2, chunks 4 or 8, at most 227 KiB", where="CudaConfig", fix="use fewer stages"
+            )
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return 32 * self.warps_tiles * self.warps_filters
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one block."""
+        return self.stages * (self.block_tiles + self.block_filters) * self.chunks * 16

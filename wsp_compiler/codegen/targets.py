@@ -1,0 +1,124 @@
+"""What code is generated for: the host's CPU, or one CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from wsp_compiler.errors import TargetError
+
+CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+@dataclass(frozen=True)
+class CodeTarget:
+    """A device to run on and the TVM target to generate for.
+
+    Attributes:
+        device: where inputs live and kernels run.
+        arch: CUDA architecture ("sm_90") or LLVM CPU name ("znver4").
+        lanes: float32 values per CPU vector (0 on CUDA).
+    """
+
+    device: torch.device
+    arch: str
+    lanes: int
+
+    @property
+    def is_cuda(self) -> bool:
+        """True for a CUDA target."""
+        return self.device.type == "cuda"
+
+
+@cache
+def host_cpu() -> str:
+    """LLVM's name of this machine's CPU."""
+    from tvm.target import codegen
+
+    return str(codegen.llvm_get_system_cpu())
+
+
+@cache
+def vector_lanes(cpu: str) -> int:
+    """float32 lanes of the widest vectors that LLVM's CPU model ``cpu`` has."""
+    from tvm.target import codegen
+
+    from wsp_compiler.codegen.tvm_import import tvm
+
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    for feature, lanes in (("avx512f", 16), ("avx2", 8)):
+        if codegen.target_has_features(feature, target):
+            return lanes
+    return 4
+
+
+def cpu_target(cpu: str | None = None) -> CodeTarget:
+    """The CPU target; ``cpu`` is an LLVM CPU name, by default this machine's."""
+    name = cpu or host_cpu()
+    return CodeTarget(torch.device("cpu"), name, vector_lanes(name))
+
+
+def cuda_target(index: int | None = None, arch: str | None = None) -> CodeTarget:
+    """The CUDA target for one device; ``arch`` defaults to the device's own.
+
+    Raises:
+        TargetError: no usable CUDA device, or one older than sm_80.
+    """
+    if not torch.cuda.is_available():
+        raise TargetError(
+            "PyTorch sees no CUDA device", where="target='cuda'", fix="use target='cpu', or install a CUDA build of torch"
+        )
+    if torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) != 13:
+        raise TargetError(
+            f"PyTorch was built for CUDA {torch.version.cuda}, the kernels need CUDA 13",
+            where="target='cuda'",
+            fix="install a CUDA 13 build of torch, or use target='cpu'",
+        )
+    count = torch.cuda.device_count()
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if device.index >= count:
+        raise TargetError(
+            f"there are {count} CUDA devices", where=f"target='{device}'", fix=f"use cuda:0 to cuda:{count - 1}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        raise TargetError(
+            f"compute capability {major}.{minor} is older than 8.0", where=f"target='{device}'", fix="use target='cpu'"
+        )
+    return CodeTarget(device, arch or f"sm_{major}{minor}", 0)
+
+
+def resolve_target(target: Any, device: torch.device) -> CodeTarget:
+    """The target that a user's ``target`` argument means for a model on ``device``.
+
+    Args:
+        target: None (follow ``device``), "cpu", "cuda", "cuda:N", a torch.device, a ``tvm.target.Target`` or its
+            dict form such as {"kind": "llvm", "mcpu": "x86-64-v3"} or {"kind": "cuda", "arch": "sm_80"}.
+        device: where the model's tensors are.
+
+    Raises:
+        TargetError: unknown, or not usable here.
+    """
+    kind = getattr(getattr(target, "kind", None), "name", None)
+    if kind is not None:  # a tvm.target.Target
+        attributes: Mapping[str, Any] = dict(target.attrs)
+        target = {"kind": kind, **{key: str(attributes[key]) for key in ("mcpu", "arch") if key in attributes}}
+    if isinstance(target, Mapping):
+        if target.get("kind") == "llvm":
+            return cpu_target(target.get("mcpu"))
+        if target.get("kind") == "cuda":
+            return cuda_target(arch=target.get("arch"))
+        raise TargetError(f"unknown kind {target.get('kind')!r}", where="target", fix="use kind 'llvm' or 'cuda'")
+    try:
+        chosen = device if target is None else torch.device(target)
+    except (RuntimeError, TypeError) as error:
+        raise TargetError(f"unknown target {target!r}", where="target", fix="use 'cpu', 'cuda' or 'cuda:N'") from error
+    if chosen.type == "cpu":
+        return cpu_target()
+    if chosen.type == "cuda":
+        return cuda_target(chosen.index)
+    raise TargetError(f"no kernels for device {chosen}", where="target", fix="move the model to the CPU or to CUDA")

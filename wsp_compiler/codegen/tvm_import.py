@@ -1,0 +1,28 @@
+"""The one place that imports tvm: a faster import, and warnings of the library kept quiet.
+
+Parsing a TVMScript function calls ``inspect.stack()``, which scans all of ``sys.modules`` once per frame of
+a frozen importer; answering those frames at once takes ``import tvm`` from many seconds to under two.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from types import ModuleType
+from typing import Any
+
+_original_getmodule = inspect.getmodule
+
+
+def _getmodule(object: Any, _filename: str | None = None) -> ModuleType | None:
+    if _filename is not None and _filename.startswith("<"):
+        return None
+    return _original_getmodule(object, _filename)
+
+
+inspect.getmodule = _getmodule
+os.environ.setdefault("TVM_LOG_DEBUG", "")
+import tvm  # noqa: E402
+from tvm.script import tirx as T  # noqa: E402
+
+__all__ = ["T", "tvm"]

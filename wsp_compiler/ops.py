@@ -1,0 +1,265 @@
+"""The operators ``wsp::*``: their meaning in plain PyTorch, which is the reference for the generated kernels.
+
+A layer's kept weights are stored compacted, positions one after another (see :class:`WinogradSite`):
+
+- ``rows`` [R]: the filter of every stored row, ``row_offset`` [p*p + 1]: position k owns rows[o_k : o_(k+1)];
+- ``columns`` [C], ``column_offset`` [p*p + 1]: likewise the input channel of every stored column;
+- ``weight`` [sum_k R_k * C_k]: the matrices U_k, each [R_k, C_k] row-major, concatenated.
+
+Row pruning leaves all c columns in every position, column pruning all n rows. V is [C, T] and M is [R, T], the
+positions concatenated. Arithmetic is float64 for float64 input and float32 otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsp_compiler.winograd import output_size, tile_grid, transform
+
+ACTIVATIONS = ("none", "relu", "relu6", "prelu")
+
+
+class WinogradSite(nn.Module):
+    """The buffers of one lowered convolution. Created with ``keep`` alone; lowering fills in the rest."""
+
+    keep: Tensor  # bool, broadcastable to [p*p, n, c]
+    weight: Tensor  # float32 [sum_k R_k * C_k]
+    rows: Tensor  # int32 [R]
+    row_offset: Tensor  # int32 [p*p + 1]
+    columns: Tensor  # int32 [C]
+    column_offset: Tensor  # int32 [p*p + 1]
+    bias: Tensor  # float32 [n]
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("keep", keep)
+
+    def fill(self, U: Tensor, bias: Tensor | None) -> None:
+        """Store the kept part of U [p*p, n, c] (float64) and the bias [n] (zeros if None)."""
+        positions, n, c = U.shape
+        keep = self.keep.to(U.device)
+        by_column = keep.shape[1] == 1 and keep.shape[2] == c and c > 1
+        row_keep = (keep[:, :, 0] if not by_column else keep[:, :1, 0] | True).expand(positions, n)
+        column_keep = (keep[:, 0, :] if by_column else keep[:, 0, :1] | True).expand(positions, c)
+        weight = [U[k][row_keep[k]][:, column_keep[k]].reshape(-1) for k in range(positions)]
+        self.register_buffer("weight", torch.cat(weight).float())
+        for name, kept in (("row", row_keep), ("column", column_keep)):
+            index = kept.nonzero()[:, 1].int()
+            offset = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+            self.register_buffer(f"{name}s", index)
+            self.register_buffer(f"{name}_offset", offset)
+        self.register_buffer("bias", torch.zeros(n, device=U.device) if bias is None else bias.detach().float())
+
+    def position_weights(self) -> list[Tensor]:
+        """The matrices U_k, each [R_k, C_k]."""
+        return split_weight(self.weight, self.row_offset, self.column_offset)
+
+
+def split_weight(weight: Tensor, row_offset: Tensor, column_offset: Tensor) -> list[Tensor]:
+    """The flat ``weight`` as matrices U_k [R_k, C_k]."""
+    rows, columns = row_offset.diff().tolist(), column_offset.diff().tolist()
+    parts = torch.split(weight, [r * c for r, c in zip(rows, columns, strict=True)])
+    return [part.view(r, c) for part, r, c in zip(parts, rows, columns, strict=True)]
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def suggest_channels_last(x: Tensor) -> bool:
+    """True if PyTorch's convolution would take ``x`` for a channels_last tensor."""
+    return x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+
+
+@torch.library.custom_op("wsp::input_transform", mutates_args=())
+def input_transform(
+    x: Tensor, columns: Tensor, column_offset: Tensor, padding: list[int], tile: int
+) -> Tensor:
+    """V = B^T d B of every tile d, compacted to the kept columns.
+
+    Args:
+        x: [N, c, H, W].
+        columns, column_offset: see the module's docstring.
+        padding: zeros added (vertically, horizontally) on each side.
+        tile: output tile side m.
+
+    Returns:
+        [C, T], T = N * ceil(H_out / m) * ceil(W_out / m).
+    """
+    winograd = transform(tile)
+    dtype, p = _compute_dtype(x.dtype), winograd.input_side
+    tiles = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
+    extent = [count * tile + 2 for count in tiles]
+    below = [extent[i] - x.shape[2 + i] - padding[i] for i in (0, 1)]
+    padded = F.pad(x.to(dtype), (padding[1], below[1], padding[0], below[0]))
+    d = padded.unfold(2, p, tile).unfold(3, p, tile)  # [N, c, tile rows, tile columns, p, p]
+    BT = winograd.tensor("BT", dtype, x.device)
+    V = torch.einsum("ai,nchwij,bj->abcnhw", BT, d, BT)
+    V = V.reshape(p * p, x.shape[1], x.shape[0] * tiles[0] * tiles[1])  # [p*p, c, T]
+    position = torch.repeat_interleave(column_offset.diff().long())
+    return V[position, columns.long()]
+
+
+@input_transform.register_fake
+def _(x: Tensor, columns: Tensor, column_offset: Tensor, padding: list[int], tile: int) -> Tensor:
+    rows, cols = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
+    return x.new_empty((columns.shape[0], x.shape[0] * rows * cols), dtype=_compute_dtype(x.dtype))
+
+
+@torch.library.custom_op("wsp::sparse_bgemm", mutates_args=())
+def sparse_bgemm(
+    V: Tensor, weight: Tensor, rows: Tensor, row_offset: Tensor, column_offset: Tensor
+) -> Tensor:
+    """M_k = U_k V_k for every position k, over the kept rows and columns only.
+
+    Args:
+        V: [C, T].
+        weight, rows, row_offset, column_offset: see the module's docstring; of ``rows`` only the length.
+
+    Returns:
+        [R, T].
+    """
+    parts = torch.split(V, column_offset.diff().tolist())
+    matrices = split_weight(weight.to(V.dtype), row_offset, column_offset)
+    return torch.cat([U_k @ V_k for U_k, V_k in zip(matrices, parts, strict=True)])
+
+
+@sparse_bgemm.register_fake
+def _(V: Tensor, weight: Tensor, rows: Tensor, row_offset: Tensor, column_offset: Tensor) -> Tensor:
+    return V.new_empty((rows.shape[0], V.shape[1]))
+
+
+def apply_activation(y: Tensor, activation: str, slope: Tensor | None) -> Tensor:
+    """The epilogue's activation; "prelu" multiplies negative values by ``slope`` ([1] or [n])."""
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "relu6":
+        return F.relu6(y)
+    if activation == "prelu":
+        assert slope is not None
+        return torch.where(y < 0, y * slope.to(y.dtype).view(1, -1, 1, 1), y)
+    return y
+
+
+@torch.library.custom_op("wsp::output_transform", mutates_args=())
+def output_transform(
+    M: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    row_offset: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    padding: list[int],
+    tile: int,
+    activation: str,
+    channels_last: bool,
+) -> Tensor:
+    """Y = A^T M A of every tile, pruned rows counting as zero, then + bias, + residual, activation.
+
+    Args:
+        M: [R, T].
+        x: the convolution's input [N, c, H, W]; only its shape, dtype and memory format are read.
+        rows, row_offset: see the module's docstring.
+        bias: [n].
+        residual: None, or a tensor that is added before the activation.
+        slope: None, or the negative slope of "prelu", [1] or [n].
+        padding, tile: as in :func:`input_transform`.
+        activation: one of :data:`ACTIVATIONS`.
+        channels_last: the convolution's weight was channels_last, so the output is too.
+
+    Returns:
+        [N, n, H_out, W_out] of x's dtype.
+    """
+    winograd = transform(tile)
+    n, p, T = bias.shape[0], winograd.input_side, M.shape[1]
+    tiles = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
+    size = [output_size(x.shape[2 + i], padding[i]) for i in (0, 1)]
+    full = M.new_zeros((p * p, n, T))
+    position = torch.repeat_interleave(row_offset.diff().long())
+    full[position, rows.long()] = M
+    AT = winograd.tensor("AT", M.dtype, M.device)
+    full = full.view(p, p, n, x.shape[0], tiles[0], tiles[1])
+    y = torch.einsum("ai,ijfnhw,bj->nfhawb", AT, full, AT)
+    y = y.reshape(x.shape[0], n, tiles[0] * tile, tiles[1] * tile)[:, :, : size[0], : size[1]]
+    y = y + bias.to(y.dtype).view(1, -1, 1, 1)
+    if residual is not None:
+        y = y + residual
+    last = channels_last or suggest_channels_last(x)
+    y = apply_activation(y, activation, slope).to(_output_dtype(x, residual))
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+@output_transform.register_fake
+def _(
+    M: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    row_offset: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    padding: list[int],
+    tile: int,
+    activation: str,
+    channels_last: bool,
+) -> Tensor:
+    size = [output_size(x.shape[2 + i], padding[i]) for i in (0, 1)]
+    shape = torch.Size((x.shape[0], bias.shape[0], size[0], size[1]))
+    if residual is not None:
+        shape = torch.broadcast_shapes(shape, residual.shape)
+    last = channels_last or suggest_channels_last(x)
+    y = x.new_empty(shape, dtype=_output_dtype(x, residual))
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@torch.library.custom_op("wsp::winograd_conv2d", mutates_args=())
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    row_offset: Tensor,
+    columns: Tensor,
+    column_offset: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    padding: list[int],
+    tile: int,
+    activation: str,
+    channels_last: bool,
+) -> Tensor:
+    """The three stages as one operator; arguments as in the separate ones."""
+    V = input_transform(x, columns, column_offset, padding, tile)
+    M = sparse_bgemm(V, weight, rows, row_offset, column_offset)
+    return output_transform(
+        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last
+    )
+
+
+@winograd_conv2d.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    row_offset: Tensor,
+    columns: Tensor,
+    column_offset: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    padding: list[int],
+    tile: int,
+    activation: str,
+    channels_last: bool,
+) -> Tensor:
+    M = x.new_empty((0, 0))
+    return torch.ops.wsp.output_transform(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last
+    )

@@ -1,0 +1,136 @@
+"""What the user asks for: :class:`CompileOptions` and :class:`PruneRule`, validated on construction."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wsp_compiler.errors import OptionError, RuleError
+
+METHODS = ("wsp", "bwsp", "fp", "dense")
+DIRECTIONS = ("row", "column")
+TILES = (2, 4)
+IMPORTANCES = ("l2",)
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any], *, where: str = "compile") -> None:
+    if value not in choices or isinstance(value, bool):
+        listed = ", ".join(repr(choice) for choice in choices)
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"unknown {name} {value!r}", where=where, fix=f"{hint}use one of {listed}")
+
+
+def _check_pruning_ratio(pr: Any, *, where: str = "compile") -> None:
+    if isinstance(pr, bool) or not isinstance(pr, (int, float)) or math.isnan(pr) or not 0 <= pr < 1:
+        raise OptionError(
+            f"pruning ratio pr={pr!r} is not a number in [0, 1)",
+            where=where,
+            fix="give the share of Winograd weights to remove, for example pr=0.8",
+        )
+
+
+@dataclass(frozen=True)
+class PruneRule:
+    """Options for the convolutions whose module path matches a regular expression.
+
+    Args:
+        match: regular expression, matched with ``re.fullmatch`` against the module path.
+        method, direction, pr, tile: as in :func:`wsp_compiler.compile`; None inherits.
+        skip: leave the matching convolutions alone.
+
+    The first rule that matches a path wins. A rule that matches no convolution is an error.
+    """
+
+    match: str
+    method: str | None = None
+    direction: str | None = None
+    pr: float | None = None
+    tile: int | None = None
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"PruneRule({self.match!r})"
+        try:
+            re.compile(self.match)
+        except (re.error, TypeError) as error:
+            raise RuleError(
+                f"not a regular expression ({error})", where=where, fix="escape special characters"
+            ) from error
+        if self.method is not None:
+            _check_choice("method", self.method, METHODS, where=where)
+        if self.direction is not None:
+            _check_choice("direction", self.direction, DIRECTIONS, where=where)
+        if self.tile is not None:
+            _check_choice("tile", self.tile, TILES, where=where)
+        if self.pr is not None:
+            _check_pruning_ratio(self.pr, where=where)
+
+    def matches(self, path: str) -> bool:
+        """True if the rule applies to the module at ``path``."""
+        return re.fullmatch(self.match, path) is not None
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Every choice of :func:`wsp_compiler.compile` that decides what is pruned and how it is computed.
+
+    Args:
+        pr: share of the Winograd weights removed in each layer, in [0, 1).
+        method: "wsp", "bwsp", "fp" or "dense" (Winograd, nothing pruned; ``pr`` is ignored).
+        direction: "row" or "column" of each position's matrix (not used by "fp" and "dense").
+        tile: output tile side m of F(m x m, 3x3), 2 or 4.
+        importance: how units are scored; "l2" is the paper's criterion.
+        rules: per-layer overrides.
+        precision: arithmetic inside the Winograd layers, or None to follow the model.
+        channel_threshold: layers with fewer input or output channels are left alone unless a rule names them.
+
+    Raises:
+        OptionError: a value is out of its range.
+    """
+
+    pr: float = 0.8
+    method: str = "bwsp"
+    direction: str = "row"
+    tile: int = 2
+    importance: str = "l2"
+    rules: tuple[PruneRule, ...] = ()
+    precision: str | None = None
+    channel_threshold: int = 16
+
+    def __post_init__(self) -> None:
+        _check_pruning_ratio(self.pr)
+        _check_choice("method", self.method, METHODS)
+        _check_choice("direction", self.direction, DIRECTIONS)
+        _check_choice("tile", self.tile, TILES)
+        _check_choice("importance", self.importance, IMPORTANCES)
+        if self.precision is not None:
+            _check_choice("precision", self.precision, PRECISIONS)
+        for rule in self.rules:
+            if not isinstance(rule, PruneRule):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(
+                    f"rules contains {rule!r}", where="compile", fix="pass wsp_compiler.PruneRule objects"
+                )
+
+    def rule_for(self, path: str) -> PruneRule | None:
+        """The first rule that matches ``path``."""
+        return next((rule for rule in self.rules if rule.matches(path)), None)
+
+    def check_rules_used(self, paths: Iterable[str]) -> None:
+        """Raise :class:`RuleError` for a rule that matches none of ``paths``."""
+        known = sorted(paths)
+        for rule in self.rules:
+            if any(rule.matches(path) for path in known):
+                continue
+            near = difflib.get_close_matches(rule.match.replace("\\", ""), known, n=5, cutoff=0.3)
+            listed = ", ".join(near or known[:5]) or "the model has no Conv2d"
+            raise RuleError(
+                "the rule matches no convolution",
+                where=f"PruneRule({rule.match!r})",
+                fix=f"the expression must match a whole module path; near names: {listed}",
+            )

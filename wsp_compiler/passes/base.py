@@ -1,0 +1,117 @@
+"""What a compiler pass is: a frozen dataclass with a name, its dependencies and ``run``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import fx, nn
+
+from wsp_compiler.ops import WinogradSite
+from wsp_compiler.plan import PruningPlan
+
+WSP_OPS = (
+    torch.ops.wsp.input_transform.default,
+    torch.ops.wsp.sparse_bgemm.default,
+    torch.ops.wsp.output_transform.default,
+    torch.ops.wsp.winograd_conv2d.default,
+)
+INPUT_TRANSFORM, SPARSE_BGEMM, OUTPUT_TRANSFORM, WINOGRAD_CONV2D = WSP_OPS
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """What a pass did.
+
+    Attributes:
+        count: number of rewritten places.
+        declined: (node or site, reason) of every place the pass looked at and left alone.
+    """
+
+    count: int = 0
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite of a traced graph.
+
+    ``requires`` names levels (or passes) that must have run before, ``provides`` names the levels that hold
+    afterwards, ``after`` orders without requiring. ``run`` edits the graph in place; the pipeline's runner
+    does linting, dead-code removal, recompilation, timing, checking and dumps.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def requires(self) -> tuple[str, ...]: ...
+    @property
+    def provides(self) -> tuple[str, ...]: ...
+    @property
+    def after(self) -> tuple[str, ...]: ...
+
+    def run(self, gm: fx.GraphModule, plan: PruningPlan) -> Rewrites: ...
+
+
+@dataclass(frozen=True)
+class PassBase:
+    """Defaults for the fields of a pass. Subclass it, override ``name`` and ``run``."""
+
+    name: str = field(default="", init=False)
+    requires: tuple[str, ...] = field(default=(), init=False)
+    provides: tuple[str, ...] = field(default=(), init=False)
+    after: tuple[str, ...] = field(default=(), init=False)
+
+    def run(self, gm: fx.GraphModule, plan: PruningPlan) -> Rewrites:
+        """Edit ``gm`` in place and say what was done."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One executed pass: its rewrites, seconds, and the unit of the model it ran on ("" is the whole model)."""
+
+    name: str
+    unit: str
+    rewrites: Rewrites
+    seconds: float
+
+
+def called_module(gm: fx.GraphModule, node: object) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return gm.get_submodule(str(node.target))
+    return None
+
+
+def is_op(node: object, op: Callable[..., Any]) -> bool:
+    """True if ``node`` calls the operator ``op``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is op
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a wsp node by name."""
+    normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
+    assert normalized is not None
+    return dict(normalized.kwargs)
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument of a wsp node by name."""
+    node.args, node.kwargs = (), {**arguments(node), name: value}
+
+
+def site_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str, WinogradSite]:
+    """Name and module of the :class:`WinogradSite` whose buffers a wsp node reads."""
+    name = str(arguments(node)["rows"].target).rpartition(".")[0]
+    site = gm.get_submodule(name)
+    assert isinstance(site, WinogradSite)
+    return name, site
+
+
+def get_buffer(gm: fx.GraphModule, before: fx.Node, site: str, buffer: str) -> fx.Node:
+    """A get_attr node for a site's buffer, inserted before ``before``."""
+    with gm.graph.inserting_before(before):
+        return gm.graph.get_attr(f"{site}.{buffer}")

@@ -1,0 +1,226 @@
+"""LoweredGraph -> CompiledModule: the lowered operators replaced by launchers of the generated kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from wsp_compiler import report
+from wsp_compiler.codegen.layer import WinogradLayer
+from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.errors import CompiledModuleError, InputError
+from wsp_compiler.passes.base import (
+    INPUT_TRANSFORM,
+    OUTPUT_TRANSFORM,
+    SPARSE_BGEMM,
+    WINOGRAD_CONV2D,
+    PassRecord,
+    arguments,
+    is_op,
+    site_of,
+)
+from wsp_compiler.plan import PruningPlan
+from wsp_compiler.sites import ConvSite
+from wsp_compiler.trace import SITE
+
+
+class Stage(nn.Module):
+    """One of a layer's stages as a module, for graphs whose stages are not merged."""
+
+    def __init__(self, layer: WinogradLayer, run: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self._run = run
+
+    def forward(self, *args: Any) -> Tensor:
+        result: Tensor = getattr(self.layer, self._run)(*args)
+        return result
+
+
+def _layer(gm: fx.GraphModule, output: fx.Node, target: CodeTarget, precision: str | None) -> WinogradLayer:
+    """The launcher for an output_transform or winograd_conv2d node."""
+    given = arguments(output)
+    _, site = site_of(gm, output)
+    slope: Tensor | None = None
+    if isinstance(given["slope"], fx.Node):
+        owner, _, name = str(given["slope"].target).rpartition(".")
+        slope = getattr(gm.get_submodule(owner), name)
+    return WinogradLayer(
+        path=str(output.meta.get(SITE, output.name)),
+        site=site,
+        slope=slope,
+        padding=(given["padding"][0], given["padding"][1]),
+        tile=given["tile"],
+        activation=given["activation"],
+        channels_last=given["channels_last"],
+        precision=precision,
+        target=target,
+    )
+
+
+def emit(gm: fx.GraphModule, target: CodeTarget, precision: str | None) -> fx.GraphModule:
+    """A copy of the lowered graph whose wsp operators are calls of kernel launchers; ``gm`` stays as it is.
+
+    Stages that a custom pass has connected differently keep their eager meaning.
+    """
+    graph = copy.deepcopy(gm.graph)
+    emitted = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    count = 0
+
+    def call(node: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        nonlocal count
+        emitted.add_submodule(f"kernels.{count}", module)
+        with graph.inserting_before(node):
+            new = graph.call_module(f"kernels.{count}", args)
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        count += 1
+        return new
+
+    for node in list(graph.nodes):
+        if is_op(node, WINOGRAD_CONV2D):
+            given = arguments(node)
+            call(node, _layer(gm, node, target, precision), (given["x"], given["residual"]))
+        elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
+            V = arguments(M)["V"]
+            if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:
+                continue
+            layer, given = _layer(gm, node, target, precision), arguments(node)
+            x = arguments(V)["x"]
+            new_V = call(V, Stage(layer, "input_transform"), (x,))
+            new_M = call(M, Stage(layer, "sparse_bgemm"), (new_V, x))
+            call(node, Stage(layer, "output_transform"), (new_M, x, given["residual"]))
+    graph.eliminate_dead_code(lambda node: node.op != "get_attr")
+    emitted.delete_all_unused_submodules()
+    graph.lint()
+    emitted.recompile()
+    return emitted
+
+
+@dataclass(frozen=True)
+class CompilationRecord:
+    """What a compilation decided and did, for the report."""
+
+    sites: tuple[ConvSite, ...]
+    plan: PruningPlan
+    untraced: Mapping[str, str] = field(default_factory=dict[str, str])
+    passes: tuple[PassRecord, ...] = ()
+
+
+class CompiledModule(nn.Module):
+    """A compiled model: call it like the model it was made from. Inference only.
+
+    Attributes:
+        plan: the :class:`PruningPlan`.
+        graph_module: the lowered torch.fx.GraphModule, which runs in plain PyTorch; if the model could not be
+            traced whole, the model with its traced submodules lowered.
+        target: where the kernels run.
+    """
+
+    def __init__(
+        self, executable: nn.Module, graph_module: nn.Module, record: CompilationRecord, target: CodeTarget
+    ) -> None:
+        super().__init__()
+        self.executable = executable
+        self.__dict__["graph_module"] = graph_module  # its tensors are the executable's: not registered twice
+        self.record = record
+        self.target = target
+        self.training = False
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What was decided for every convolution."""
+        return self.record.plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; arguments and results as the original's.
+
+        Raises:
+            InputError: an input requires grad, or does not fit a layer.
+        """
+        if torch.is_grad_enabled():
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    raise InputError(
+                        "an input requires grad, but a compiled module is for inference only",
+                        where="compiled module",
+                        fix="call it under torch.no_grad() or detach the input; to train a pruned model use "
+                        "wsp_compiler.prune",
+                    )
+        with torch.no_grad():
+            return self.executable(*args, **kwargs)
+
+    def layers(self) -> Iterable[WinogradLayer]:
+        """Every kernel launcher, in model order."""
+        seen: set[int] = set()
+        for module in self.executable.modules():
+            if isinstance(module, WinogradLayer) and id(module) not in seen:
+                seen.add(id(module))
+                yield module
+
+    def report(self) -> str:
+        """A text table: every convolution with its decision, pattern, tile, kept fraction, multiplies, or reason."""
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        notes: list[str] = []
+        for layer in self.layers():
+            if layer.last_shape is not None:
+                shapes.setdefault(layer.path, []).append(layer.last_shape)
+            notes += [f"{layer.path}: {note}" for note in layer.notes]
+        sites = [
+            replace(site, input_shapes=tuple(shapes[site.path])) if site.path in shapes else site
+            for site in self.record.sites
+        ]
+        return report.format_report(sites, self.plan, self.record.untraced, self.record.passes, notes)
+
+    def kernel_source(self, path: str) -> str:
+        """The generated text (CUDA C or LLVM IR) of the kernels built so far for the convolution at ``path``.
+
+        Raises:
+            CompiledModuleError: the convolution was not lowered, or nothing has been built for it yet.
+        """
+        layers = [layer for layer in self.layers() if layer.path == path]
+        if not layers:
+            why = self.plan.left_alone.get(path)
+            known = ", ".join(list(self.plan)[:5])
+            raise CompiledModuleError(
+                why or "no such convolution", where=f"kernel_source({path!r})", fix=f"lowered are: {known}"
+            )
+        texts = [text for layer in layers for text in layer.sources()]
+        if not texts:
+            raise CompiledModuleError(
+                "no kernel is built before shapes are known",
+                where=f"kernel_source({path!r})",
+                fix="compile with example_inputs, or call the module once",
+            )
+        return "\n".join(dict.fromkeys(texts))
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Only eval mode exists."""
+        if mode:
+            raise CompiledModuleError(
+                "a compiled module cannot be trained",
+                where="train()",
+                fix="fine-tune the model first (wsp_compiler.prune), then compile it",
+            )
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModule:
+        """Conversions that change nothing pass; others would write into the user's model and are refused."""
+        tensors: Sequence[Tensor] = [*self.executable.parameters(), *self.executable.buffers()]
+        for kind in {(t.dtype, t.device) for t in tensors}:
+            probe = torch.empty((1, 2, 2, 2), dtype=kind[0], device=kind[1])
+            moved = fn(probe)
+            if (moved.dtype, moved.device) != kind or moved.stride() != probe.stride():
+                raise CompiledModuleError(
+                    f"kernels are built for {kind[0]} on {kind[1]}; they cannot be moved or converted",
+                    where="compiled module",
+                    fix="convert the model first: wsp_compiler.compile(model.to(...))",
+                )
+        return self

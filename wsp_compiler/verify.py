@@ -1,0 +1,94 @@
+"""check=True: after every pass the graph must compute, in float64, what the plan says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from wsp_compiler import ops
+from wsp_compiler.errors import PassError
+from wsp_compiler.plan import PruningPlan, SitePlan
+from wsp_compiler.sites import padding_of
+from wsp_compiler.trace import SITE
+from wsp_compiler.winograd import transform_weight
+
+TOLERANCE = 1e-5
+"""Relative L2; the folded weights are stored in float32."""
+
+
+def pruned_convolution(x: Tensor, conv: nn.Conv2d, plan: SitePlan) -> Tensor:
+    """The planned convolution computed from its kept Winograd weights, in x's dtype (float64 for checking)."""
+    site = ops.WinogradSite(plan.keep.to(x.device))
+    site.fill(transform_weight(conv.weight, plan.tile), conv.bias)
+    site.weight = site.weight.to(x.dtype)
+    padding = list(padding_of(conv))
+    V = ops.input_transform(x, site.columns, site.column_offset, padding, plan.tile)
+    M = ops.sparse_bgemm(V, site.weight, site.rows, site.row_offset, site.column_offset)
+    return ops.output_transform(
+        M, x, site.rows, site.row_offset, site.bias, None, None, padding, plan.tile, "none", False
+    )
+
+
+class PlannedInterpreter(fx.Interpreter):
+    """Runs a graph; a convolution that is planned but not lowered yet is computed from its kept weights."""
+
+    def __init__(self, graph_module: fx.GraphModule, plan: PruningPlan) -> None:
+        super().__init__(graph_module)
+        self._plan = plan
+
+    def run_node(self, n: fx.Node) -> Any:
+        path = n.meta.get(SITE)
+        if n.op == "call_module" and path in self._plan:
+            conv = self.fetch_attr(str(n.target))
+            if isinstance(conv, nn.Conv2d):
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                return pruned_convolution(args[0] if args else kwargs["input"], conv, self._plan[path])
+        return super().run_node(n)
+
+
+def _to_double(value: Any) -> Any:
+    def convert(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(convert, value)
+
+
+def make_check(
+    gm: fx.GraphModule, plan: PruningPlan, inputs: tuple[Any, ...]
+) -> Callable[[fx.GraphModule, str], None]:
+    """A check for :func:`wsp_compiler.passes.run_pipeline`.
+
+    Args:
+        gm: the traced graph, before any pass.
+        plan: the pruning plan.
+        inputs: values of the graph's placeholders.
+
+    Returns:
+        check(gm, pass name), which raises :class:`PassError` if the graph's float64 output has changed.
+    """
+    inputs = _to_double(inputs)
+
+    def outputs(graph_module: fx.GraphModule) -> list[Tensor]:
+        double = copy.deepcopy(graph_module).double()
+        with torch.no_grad():
+            result = PlannedInterpreter(double, plan).run(*copy.deepcopy(inputs))
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+    expected = outputs(gm)
+
+    def check(graph_module: fx.GraphModule, name: str) -> None:
+        for index, (want, got) in enumerate(zip(expected, outputs(graph_module), strict=True)):
+            error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+            if got.shape != want.shape or not error <= TOLERANCE:
+                raise PassError(
+                    f"changed output {index}: relative error {error:.2e} in float64, allowed {TOLERANCE:.0e}",
+                    where=f"pass {name}",
+                    fix="set WSP_DUMP=directory and compare the graphs before and after it",
+                )
+
+    return check
