@@ -1,17 +1,18 @@
 """``compile``: the whole compiler, one stage after the other.
 
-    nn.Module -trace-> TracedModel -collect_sites-> sites -make_plan-> PruningPlan
-              -run_pipeline-> lowered graphs -emit-> CompiledModule
+nn.Module -trace-> TracedModel -collect_sites-> sites -make_plan-> PruningPlan
+          -run_pipeline-> lowered graphs -emit-> CompiledModule
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from wsp_compiler.errors import ModelError, OptionError
 from wsp_compiler.options import CompileOptions, PruneRule
@@ -44,10 +45,11 @@ def compile(
     """Prune a convolutional network in the Winograd domain and compile it.
 
     Args:
-        model: any nn.Module in eval mode. It is not modified; tensors of layers that are not lowered are shared.
+        model: any nn.Module in eval mode. It is not modified; tensors of layers that are not lowered are
+            shared.
         pr: share of the Winograd weights to remove from each eligible layer, in [0, 1).
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. With them, the
-            trace is checked against the model and all kernels are built now; without, on the first call.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. With them,
+            the trace is checked against the model and all kernels are built now; without, on the first call.
         method: pruning pattern: "bwsp" (the same number of rows or columns in every Winograd position), "wsp"
             (one threshold per layer), "fp" (filters), or "dense" (Winograd without pruning; pr is ignored).
         direction: "row" or "column" of each position's matrix U_k [n, c].
@@ -71,20 +73,29 @@ def compile(
     from wsp_compiler.codegen.targets import resolve_target
     from wsp_compiler.runtime import CompilationRecord, CompiledModule, emit
 
+    if not isinstance(rules, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"rules is {rules!r}", where="compile", fix="pass a list of wsp_compiler.PruneRule")
     options = CompileOptions(pr, method, direction, tile, importance, tuple(rules), precision)
+    _check_type("passes", passes, Pipeline, "edit wsp_compiler.pipeline: its methods return a Pipeline")
+    _check_type(
+        "plan", plan, PruningPlan, "use PruningPlan.from_json(text) or another compiled module's plan"
+    )
     model = check_model(model)
     code_target = resolve_target(target, _device_of(model))
     _check_precision(options, code_target.is_cuda)
     if _device_of(model) != code_target.device:
         model = copy.deepcopy(model).to(code_target.device)
+        example_inputs = _moved(example_inputs, code_target.device)
 
     traced = trace(model, example_inputs)
     sites = collect_sites(traced)
-    convolutions = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    convolutions = {path: module for path, module in modules if isinstance(module, nn.Conv2d)}
     chosen = make_plan(sites, convolutions, options) if plan is None else plan
     chosen.check_fits(convolutions)
     records = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)
-    emitted = {path: emit(gm, code_target, precision) for path, gm in traced.units.items()}
+    dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}
+    emitted = {path: emit(gm, code_target, precision, dtypes) for path, gm in traced.units.items()}
     compiled = CompiledModule(
         executable=traced.assemble(emitted),
         graph_module=traced.units[""] if "" in traced.units else traced.assemble(traced.units),
@@ -100,14 +111,29 @@ def _device_of(model: nn.Module) -> torch.device:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
-        raise ModelError(f"its tensors are on several devices: {listed}", where="model", fix="move it to one device")
+        raise ModelError(
+            f"its tensors are on several devices: {listed}", where="model", fix="move it to one device"
+        )
     return next(iter(devices), torch.device("cpu"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _check_type(name: str, value: object, kind: type, fix: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(
+            f"{name} is a {type(value).__name__}, not a {kind.__name__}", where="compile", fix=fix
+        )
 
 
 def _check_precision(options: CompileOptions, is_cuda: bool) -> None:
     if not is_cuda and options.precision in ("tf32", "fp16"):
         raise OptionError(
-            f"precision {options.precision!r} does not exist on the CPU", where="compile", fix="use 'fp32' or 'bf16'"
+            f"precision {options.precision!r} does not exist on the CPU",
+            where="compile",
+            fix="use 'fp32' or 'bf16'",
         )
 
 
@@ -137,7 +163,9 @@ def _unit_inputs(traced: TracedModel, example_inputs: Any) -> dict[str, tuple[An
 
     def record(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(unit, TracedUnit)
-        recorded.setdefault(names[id(unit.graph_module)], unit.call.bind(args, kwargs))
+        path = names[id(unit.graph_module)]
+        if path not in recorded:  # copied: the unit may write into its inputs
+            recorded[path] = copy.deepcopy(unit.call.bind(args, kwargs))
 
     for module in runner.modules():
         if isinstance(module, TracedUnit):

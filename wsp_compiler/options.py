@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from wsp_compiler.errors import OptionError, RuleError
 
@@ -19,7 +20,8 @@ PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any], *, where: str = "compile") -> None:
-    if value not in choices or isinstance(value, bool):
+    # 2.0 == 2 and numpy compares element by element: the type has to be right too
+    if type(value) is not type(choices[0]) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -27,7 +29,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any], *, where: str =
 
 
 def _check_pruning_ratio(pr: Any, *, where: str = "compile") -> None:
-    if isinstance(pr, bool) or not isinstance(pr, (int, float)) or math.isnan(pr) or not 0 <= pr < 1:
+    is_number = isinstance(pr, numbers.Real) and not isinstance(pr, bool)
+    if not is_number or math.isnan(pr) or not 0 <= pr < 1:
         raise OptionError(
             f"pruning ratio pr={pr!r} is not a number in [0, 1)",
             where=where,
@@ -57,11 +60,17 @@ class PruneRule:
     def __post_init__(self) -> None:
         where = f"PruneRule({self.match!r})"
         try:
+            if not isinstance(cast("object", self.match), str):
+                raise TypeError(f"{type(self.match).__name__}, not str")
             re.compile(self.match)
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise RuleError(
-                f"not a regular expression ({error})", where=where, fix="escape special characters"
+                f"not a regular expression ({error})",
+                where=where,
+                fix="give a string for re.fullmatch; escape special characters, for example r'layer1\\.0\\.conv1'",
             ) from error
+        if not isinstance(cast("object", self.skip), bool):
+            raise OptionError(f"skip={self.skip!r} is not True or False", where=where, fix="use skip=True")
         if self.method is not None:
             _check_choice("method", self.method, METHODS, where=where)
         if self.direction is not None:
@@ -111,8 +120,15 @@ class CompileOptions:
         _check_choice("importance", self.importance, IMPORTANCES)
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
+        threshold: object = self.channel_threshold
+        if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
+            raise OptionError(
+                f"channel_threshold={threshold!r} is not a whole number of channels",
+                where="CompileOptions",
+                fix="use 0 or more",
+            )
         for rule in self.rules:
-            if not isinstance(rule, PruneRule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(cast("object", rule), PruneRule):
                 raise OptionError(
                     f"rules contains {rule!r}", where="compile", fix="pass wsp_compiler.PruneRule objects"
                 )
@@ -128,9 +144,14 @@ class CompileOptions:
             if any(rule.matches(path) for path in known):
                 continue
             near = difflib.get_close_matches(rule.match.replace("\\", ""), known, n=5, cutoff=0.3)
-            listed = ", ".join(near or known[:5]) or "the model has no Conv2d"
+            names = ", ".join(near or known[:5])
+            hint = (
+                f"{'near names' if near else 'the first names'}: {names}"
+                if names
+                else "the model has no Conv2d"
+            )
             raise RuleError(
                 "the rule matches no convolution",
                 where=f"PruneRule({rule.match!r})",
-                fix=f"the expression must match a whole module path; near names: {listed}",
+                fix=f"the expression must match a whole module path; {hint}",
             )

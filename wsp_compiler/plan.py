@@ -7,7 +7,9 @@ and kernels only obey it.
 from __future__ import annotations
 
 import base64
+import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from wsp_compiler.errors import PlanError
-from wsp_compiler.options import METHODS, TILES, CompileOptions
+from wsp_compiler.options import DIRECTIONS, METHODS, TILES, CompileOptions
 from wsp_compiler.pruning import IMPORTANCES, PATTERNS
-from wsp_compiler.sites import ConvSite
+from wsp_compiler.sites import ConvSite, unsupported
 from wsp_compiler.winograd import transform, transform_weight
 
 JSON_VERSION = 1
@@ -45,16 +47,42 @@ class SitePlan:
     keep: Tensor
     shape: tuple[int, int, int]
 
+    def __post_init__(self) -> None:
+        fault = self._fault()
+        if fault is not None:
+            raise PlanError(
+                fault, where=self.path or "SitePlan", fix="make plans with wsp_compiler.compile or make_plan"
+            )
+
+    def _fault(self) -> str | None:
+        """What is wrong with the plan, or None."""
+        if self.method not in METHODS or self.direction not in DIRECTIONS or self.tile not in TILES:
+            return f"unknown method {self.method!r}, direction {self.direction!r} or tile {self.tile!r}"
+        if not 0 <= self.pr < 1:
+            return f"pruning ratio {self.pr} is not in [0, 1)"
+        if min(self.shape) < 1 or self.shape[0] != transform(self.tile).positions:
+            return f"[p*p, n, c] = {list(self.shape)} does not belong to tile {self.tile}"
+        sizes = zip(self.keep.shape, self.shape, strict=False)
+        if (
+            self.keep.dtype != torch.bool
+            or self.keep.dim() != 3
+            or any(k not in (1, size) for k, size in sizes)
+        ):
+            return f"keep is {self.keep.dtype} {list(self.keep.shape)}, not bool and broadcastable to {list(self.shape)}"
+        if 1 not in self.keep.shape[1:]:
+            return f"keep {list(self.keep.shape)} has neither whole rows nor whole columns"
+        return None if bool(self.keep.any()) else "it keeps nothing"
+
     @property
     def kept_weights(self) -> int:
         """Number of Winograd weights kept."""
-        return int(self.keep.expand(self.shape).sum())
+        shared = math.prod(size for size, k in zip(self.shape, self.keep.shape, strict=True) if k == 1)
+        return int(self.keep.sum()) * shared
 
     @property
     def kept_fraction(self) -> float:
         """Kept weights / all Winograd weights; 1 - this is the achieved pruning ratio."""
-        total = self.shape[0] * self.shape[1] * self.shape[2]
-        return self.kept_weights / total if total else 1.0
+        return self.kept_weights / math.prod(self.shape)
 
     @property
     def pattern(self) -> str:
@@ -108,24 +136,40 @@ class PruningPlan(Mapping[str, SitePlan]):
             record = json.loads(text)
             if record["version"] != JSON_VERSION:
                 raise ValueError(f"version {record['version']}, this package reads {JSON_VERSION}")
-            sites = {entry["path"]: _site_from_json(entry) for entry in record["sites"]}
-            return cls(sites, {str(path): str(why) for path, why in record["left_alone"].items()})
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            sites = [_site_from_json(entry) for entry in record["sites"]]
+            plan = cls(
+                {site.path: site for site in sites},
+                {str(path): str(why) for path, why in record["left_alone"].items()},
+            )
+            if len(plan) != len(sites):
+                raise ValueError("a path is planned twice")
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).splitlines()[:1])
             raise PlanError(
-                f"not a pruning plan ({error})", where="PruningPlan.from_json", fix="pass to_json()'s text unchanged"
+                f"not a pruning plan ({why})",
+                where="PruningPlan.from_json",
+                fix="pass to_json()'s text unchanged",
             ) from error
+        return plan
 
     def check_fits(self, convolutions: Mapping[str, nn.Conv2d]) -> None:
-        """Raise :class:`PlanError` unless every planned site exists with the planned shape."""
+        """Raise :class:`PlanError` unless every planned site exists, with the planned shape, and is eligible."""
         for path, site in self.sites.items():
             conv = convolutions.get(path)
-            found = None if conv is None else (site.shape[0], conv.out_channels, conv.in_channels)
-            if found != site.shape:
-                raise PlanError(
-                    f"planned for [p*p, n, c] = {list(site.shape)}, the model has {found and list(found)}",
-                    where=path,
-                    fix="make the plan from this model",
-                )
+            if conv is None:
+                near = difflib.get_close_matches(path, list(convolutions), n=3)
+                found = "the model has no such convolution" + f" (near names: {', '.join(near)})" * bool(near)
+            elif site.shape[1:] != (conv.out_channels, conv.in_channels):
+                found = f"the model's has [n, c] = {[conv.out_channels, conv.in_channels]}"
+            elif (reason := unsupported(conv)) is not None:
+                found = f"the model's is not eligible: {reason}"
+            else:
+                continue
+            raise PlanError(
+                f"planned for [n, c] = {list(site.shape[1:])}, but {found}",
+                where=path or "the model itself",
+                fix="make the plan from this model",
+            )
 
 
 def _site_to_json(site: SitePlan) -> dict[str, Any]:
@@ -145,13 +189,10 @@ def _site_to_json(site: SitePlan) -> dict[str, Any]:
 def _site_from_json(entry: dict[str, Any]) -> SitePlan:
     p2, n, c = (int(size) for size in entry["shape"])
     keep_shape = tuple(int(size) for size in entry["keep_shape"])
-    allowed = all(k in (1, size) for k, size in zip(keep_shape, (p2, n, c), strict=True))
-    if entry["method"] not in METHODS or entry["tile"] not in TILES or not allowed:
-        raise ValueError(f"damaged entry for {entry['path']!r}")
-    if p2 != transform(int(entry["tile"])).positions:
-        raise ValueError(f"tile {entry['tile']} does not have {p2} positions")
     bits = np.frombuffer(base64.b64decode(entry["keep"], validate=True), dtype=np.uint8)
-    count = int(np.prod(keep_shape))
+    count = math.prod(keep_shape)
+    if min(keep_shape) < 1 or len(bits) != -(-count // 8):
+        raise ValueError(f"{entry['path']}: {len(bits)} bytes of keep for {list(keep_shape)} bits")
     flat = np.unpackbits(bits, count=count).astype(bool)
     keep = torch.from_numpy(flat.reshape(keep_shape).copy())
     return SitePlan(
@@ -182,7 +223,9 @@ def make_plan(
             reason = f"skipped by PruneRule({rule.match!r})"
         few = min(site.filters, site.channels)
         if reason is None and rule is None and few < options.channel_threshold:
-            reason = f"{few} channels, fewer than {options.channel_threshold} (a rule that names it overrides)"
+            reason = (
+                f"{few} channels, fewer than {options.channel_threshold} (a rule that names it overrides)"
+            )
         if reason is not None:
             plan.left_alone[site.path] = reason
             continue

@@ -43,7 +43,13 @@ class Stage(nn.Module):
         return result
 
 
-def _layer(gm: fx.GraphModule, output: fx.Node, target: CodeTarget, precision: str | None) -> WinogradLayer:
+def _layer(
+    gm: fx.GraphModule,
+    output: fx.Node,
+    target: CodeTarget,
+    precision: str | None,
+    dtypes: Mapping[str, torch.dtype],
+) -> WinogradLayer:
     """The launcher for an output_transform or winograd_conv2d node."""
     given = arguments(output)
     _, site = site_of(gm, output)
@@ -51,8 +57,9 @@ def _layer(gm: fx.GraphModule, output: fx.Node, target: CodeTarget, precision: s
     if isinstance(given["slope"], fx.Node):
         owner, _, name = str(given["slope"].target).rpartition(".")
         slope = getattr(gm.get_submodule(owner), name)
+    path = str(output.meta.get(SITE, output.name))
     return WinogradLayer(
-        path=str(output.meta.get(SITE, output.name)),
+        path=path,
         site=site,
         slope=slope,
         padding=(given["padding"][0], given["padding"][1]),
@@ -61,13 +68,22 @@ def _layer(gm: fx.GraphModule, output: fx.Node, target: CodeTarget, precision: s
         channels_last=given["channels_last"],
         precision=precision,
         target=target,
+        dtype=dtypes.get(path),
     )
 
 
-def emit(gm: fx.GraphModule, target: CodeTarget, precision: str | None) -> fx.GraphModule:
+def emit(
+    gm: fx.GraphModule, target: CodeTarget, precision: str | None, dtypes: Mapping[str, torch.dtype]
+) -> fx.GraphModule:
     """A copy of the lowered graph whose wsp operators are calls of kernel launchers; ``gm`` stays as it is.
 
     Stages that a custom pass has connected differently keep their eager meaning.
+
+    Args:
+        gm: the lowered graph.
+        target: where the kernels run.
+        precision: arithmetic of the matrix products, None to follow the inputs.
+        dtypes: module path of a convolution -> dtype of its weight.
     """
     graph = copy.deepcopy(gm.graph)
     emitted = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
@@ -87,12 +103,12 @@ def emit(gm: fx.GraphModule, target: CodeTarget, precision: str | None) -> fx.Gr
     for node in list(graph.nodes):
         if is_op(node, WINOGRAD_CONV2D):
             given = arguments(node)
-            call(node, _layer(gm, node, target, precision), (given["x"], given["residual"]))
+            call(node, _layer(gm, node, target, precision, dtypes), (given["x"], given["residual"]))
         elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
             V = arguments(M)["V"]
             if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:
                 continue
-            layer, given = _layer(gm, node, target, precision), arguments(node)
+            layer, given = _layer(gm, node, target, precision, dtypes), arguments(node)
             x = arguments(V)["x"]
             new_V = call(V, Stage(layer, "input_transform"), (x,))
             new_M = call(M, Stage(layer, "sparse_bgemm"), (new_V, x))
@@ -166,7 +182,7 @@ class CompiledModule(nn.Module):
                 yield module
 
     def report(self) -> str:
-        """A text table: every convolution with its decision, pattern, tile, kept fraction, multiplies, or reason."""
+        """A text table: every convolution with its decision, pattern and multiplies, or the reason."""
         shapes: dict[str, list[tuple[int, ...]]] = {}
         notes: list[str] = []
         for layer in self.layers():
@@ -214,13 +230,28 @@ class CompiledModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModule:
         """Conversions that change nothing pass; others would write into the user's model and are refused."""
         tensors: Sequence[Tensor] = [*self.executable.parameters(), *self.executable.buffers()]
-        for kind in {(t.dtype, t.device) for t in tensors}:
-            probe = torch.empty((1, 2, 2, 2), dtype=kind[0], device=kind[1])
+        for dtype, device in dict.fromkeys((t.dtype, t.device) for t in tensors):
+            probe = torch.empty((1, 2, 2, 2), dtype=dtype, device=device)
             moved = fn(probe)
-            if (moved.dtype, moved.device) != kind or moved.stride() != probe.stride():
+            if (moved.dtype, moved.device, moved.stride()) != (dtype, device, probe.stride()):
                 raise CompiledModuleError(
-                    f"kernels are built for {kind[0]} on {kind[1]}; they cannot be moved or converted",
+                    f"kernels are built for {self.target.device} and the model's dtype and memory format; "
+                    "they cannot be moved or converted",
                     where="compiled module",
                     fix="convert the model first: wsp_compiler.compile(model.to(...))",
                 )
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: kernels hold packed weights, and the other tensors are the user's model's."""
+        raise CompiledModuleError(
+            "a compiled module's weights cannot be replaced",
+            where="load_state_dict()",
+            fix="load them into the model, then compile it again (compiled.plan can be passed as plan=)",
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompiledModule:
+        """Refused for True; False changes nothing, since nothing of a compiled module is trained."""
+        if requires_grad:
+            self.train()
         return self

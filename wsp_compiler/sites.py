@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wsp_compiler.trace import SITE, TracedModel, trace
+from wsp_compiler.clone import named_modules
+from wsp_compiler.trace import SITE, TracedModel, has_hooks, trace
 from wsp_compiler.winograd import FILTER_SIDE, output_size
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,17 +61,21 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     return (conv.padding[0], conv.padding[1])
 
 
-def _reject_reason(conv: nn.Conv2d, calls: int, untraced: str | None) -> str | None:
-    if calls == 0:
-        return untraced or "not called in the traced graph"
-    if type(conv).forward is not nn.Conv2d.forward:
-        return f"{type(conv).__name__} has a forward of its own"
-    if conv._forward_hooks or conv._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-        return "it has forward hooks"
+def unsupported(conv: nn.Conv2d) -> str | None:
+    """Why Winograd kernels cannot stand in for ``conv``, or None."""
+    size = "x".join(map(str, conv.kernel_size))
+    stride, dilation = "x".join(map(str, conv.stride)), "x".join(map(str, conv.dilation))
+    own_forward = (
+        type(conv).forward is not nn.Conv2d.forward
+        or type(conv)._conv_forward is not nn.Conv2d._conv_forward  # pyright: ignore[reportPrivateUsage]
+        or "forward" in conv.__dict__
+    )
     checks: tuple[tuple[bool, str], ...] = (
-        (conv.kernel_size != (FILTER_SIDE, FILTER_SIDE), f"kernel {'x'.join(map(str, conv.kernel_size))}, not 3x3"),
-        (conv.stride != (1, 1), f"stride {'x'.join(map(str, conv.stride))}, not 1"),
-        (conv.dilation != (1, 1), f"dilation {'x'.join(map(str, conv.dilation))}, not 1"),
+        (own_forward, f"{type(conv).__name__} has a forward of its own"),
+        (has_hooks(conv), "it has forward hooks"),
+        (conv.kernel_size != (FILTER_SIDE, FILTER_SIDE), f"kernel {size}, not 3x3"),
+        (conv.stride != (1, 1), f"stride {stride}, not 1"),
+        (conv.dilation != (1, 1), f"dilation {dilation}, not 1"),
         (conv.groups != 1, f"{conv.groups} groups, not 1"),
         (conv.padding_mode != "zeros", f"padding mode {conv.padding_mode!r}, not zeros"),
         (conv.weight.dtype not in FLOATS, f"dtype {conv.weight.dtype}, not float32, float16 or bfloat16"),
@@ -83,6 +88,11 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return (values[0], values[1])
 
 
+def _uncalled(traced: TracedModel, path: str) -> str:
+    owner = traced.owner(path)
+    return "not called in the traced graph" if owner in traced.units else traced.untraced[owner or ""]
+
+
 def collect_sites(traced: TracedModel) -> tuple[ConvSite, ...]:
     """Every Conv2d of the traced model in ``named_modules`` order, then functional convolutions."""
     calls: dict[str, int] = {}
@@ -91,15 +101,14 @@ def collect_sites(traced: TracedModel) -> tuple[ConvSite, ...]:
         for node in graph_module.graph.nodes:
             if SITE in node.meta:
                 calls[node.meta[SITE]] = calls.get(node.meta[SITE], 0) + 1
-            elif node.op == "call_function" and node.target in (F.conv2d, torch.conv2d):
+            elif node.op == "call_function" and node.target is F.conv2d:
                 name = f"graph node {prefix}.{node.name}" if prefix else f"graph node {node.name}"
                 reason = "called as a function, not as a Conv2d module"
                 functional.append(ConvSite(name, 0, 0, (0, 0), (0, 0), (0, 0), False, 1, reject=reason))
     sites: list[ConvSite] = []
-    for path, module in traced.model.named_modules():
+    for path, module in named_modules(traced.model):
         if not isinstance(module, nn.Conv2d):
             continue
-        blocked = next((why for parent, why in traced.untraced.items() if path.startswith(parent)), None)
         count = calls.get(path, 0)
         sites.append(
             ConvSite(
@@ -112,7 +121,7 @@ def collect_sites(traced: TracedModel) -> tuple[ConvSite, ...]:
                 bias=module.bias is not None,
                 calls=count,
                 input_shapes=traced.input_shapes.get(path, ()),
-                reject=_reject_reason(module, count, blocked),
+                reject=unsupported(module) or (None if count else _uncalled(traced, path)),
             )
         )
     return (*sites, *functional)

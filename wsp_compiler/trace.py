@@ -1,88 +1,52 @@
 """nn.Module -> TracedModel: torch.fx graphs of the whole model, or of those submodules that can be traced.
 
-The user's model is never modified. Leaf modules and their tensors are shared with it, not copied: later
-stages replace modules in the graph modules made here, they never write into a leaf.
+The user's model is never modified: the graphs call clones of its modules, which share its tensors (see
+:mod:`wsp_compiler.clone`). Later stages replace modules in the graph modules made here, they never write into
+a tensor.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from wsp_compiler.clone import clone_module, named_modules
 from wsp_compiler.errors import InputError, ModelError
+from wsp_compiler.units import CallSignature, TracedUnit, has_convolution, make_unit
 
 SITE = "wsp_site"
 """Key of ``node.meta`` that holds the module path of a convolution call, as in ``model.named_modules()``."""
 
-FIXED_TYPES = (type(None), bool, int, str)
-"""Arguments whose default is of these types steer Python control flow; tracing fixes them."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs)."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if calling ``module`` runs more than its forward."""
+    hooked = cast("Any", module)
+    return bool(hooked._forward_hooks or hooked._forward_pre_hooks)
 
 
 class ConvTracer(fx.Tracer):
     """fx tracer that keeps every Conv2d subclass a leaf, so that each convolution is one call_module node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, (nn.Conv2d, torch.jit.ScriptModule)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not has_convolution(m)
 
-
-@dataclass(frozen=True)
-class CallSignature:
-    """How calls of a traced module map to its graph's placeholders.
-
-    ``fixed`` holds the arguments that tracing replaced by constants.
-    """
-
-    signature: inspect.Signature
-    placeholders: tuple[str, ...]
-    fixed: Mapping[str, Any]
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Placeholder values of one call.
-
-        Raises:
-            InputError: a fixed argument has another value than when it was traced.
-        """
-        if not kwargs and not self.fixed and len(args) == len(self.placeholders):
-            return args
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        for name, value in self.fixed.items():
-            given = bound.arguments[name]
-            if given is not value and (isinstance(given, Tensor) or given != value):
-                raise InputError(
-                    f"argument {name} was fixed to {value!r} when the model was compiled, got {given!r}",
-                    where="compiled module",
-                    fix=f"compile with example_inputs that give {name}",
-                )
-        return tuple(bound.arguments[name] for name in self.placeholders)
-
-
-class TracedUnit(nn.Module):
-    """A traced (sub)module: runs ``graph_module``, answers attribute look-ups like the original module."""
-
-    def __init__(self, original: nn.Module, graph_module: fx.GraphModule, call: CallSignature) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.call = call
-        self.__dict__["original"] = original  # not registered: its tensors are the graph module's
-        self.train(original.training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.graph_module(*self.call.bind(args, kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original" not in self.__dict__:  # during copying
-                raise
-            return getattr(self.__dict__["original"], name)
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # Traced through, a hook would run once, now, on placeholders, and never again.
+        if has_hooks(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+            raise TypeError(f"{self.path_of_module(m)} has forward hooks")
+        return super().call_module(m, forward, args, kwargs)
 
 
 @dataclass
@@ -105,112 +69,129 @@ class TracedModel:
         default_factory=dict[str, tuple[tuple[int, ...], ...]]
     )
 
-    def assemble(self, units: Mapping[str, fx.GraphModule]) -> nn.Module:
-        """The model with each traced submodule replaced by ``units[path]``; untraced parents are shallow copies."""
-        return _assemble(self, self.model, "", units, {})
+    def assemble(
+        self, units: Mapping[str, fx.GraphModule], on_part: Callable[[str], None] | None = None
+    ) -> nn.Module:
+        """The model with each traced submodule replaced by ``units[path]``; the rest are clones.
+
+        Args:
+            on_part: called with a unit's path when untraced code calls a part of the unit instead; by default
+                that is an error.
+        """
+        report = _refuse_part if on_part is None else on_part
+        replaced: dict[int, TracedUnit] = {}
+        for path, graph_module in units.items():
+            original = self.model.get_submodule(path)
+
+            def notify(path: str = path) -> None:
+                report(path)
+
+            replaced[id(original)] = make_unit(original, graph_module, self.calls[path], notify)
+        return clone_module(self.model, replaced)
+
+    def owner(self, path: str) -> str | None:
+        """Path of the unit or untraced module that ``path`` belongs to: the innermost one."""
+        known = [*self.units, *self.untraced]
+        inside = [name for name in known if name in ("", path) or path.startswith(f"{name}.")]
+        return max(inside, key=len, default=None)
 
 
-def _assemble(
-    traced: TracedModel,
-    module: nn.Module,
-    path: str,
-    units: Mapping[str, fx.GraphModule],
-    done: dict[int, nn.Module],
-) -> nn.Module:
-    if id(module) in done:
-        return done[id(module)]
-    if path in units:
-        done[id(module)] = TracedUnit(module, units[path], traced.calls[path])
-        return done[id(module)]
-    if not any(unit.startswith(f"{path}." if path else "") for unit in units):
-        return module
-    clone = module.__class__.__new__(module.__class__)
-    clone.__dict__ = module.__dict__.copy()
-    done[id(module)] = clone
-    children: dict[str, nn.Module | None] = {}
-    for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
-        child_path = f"{path}.{name}" if path else name
-        children[name] = None if child is None else _assemble(traced, child, child_path, units, done)
-    clone.__dict__["_modules"] = children
-    return clone
+def _refuse_part(path: str) -> None:
+    raise ModelError(
+        "its parent, which torch.fx cannot trace, calls parts of it instead of the whole",
+        where=path,
+        fix="compile with example_inputs, which show what is called",
+    )
 
 
-def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_call(example_inputs: Any) -> Call:
     """``example_inputs`` as (args, kwargs): a tensor, a tuple or list of arguments, or a dict of keywords."""
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)  # pyright: ignore[reportUnknownArgumentType]
+        return (), dict(cast("Mapping[str, Any]", example_inputs))
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}  # pyright: ignore[reportUnknownArgumentType]
+        return tuple(cast("tuple[Any, ...]", example_inputs)), {}
     return (example_inputs,), {}
 
 
-def _call_signature(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> CallSignature:
-    signature = inspect.signature(module.forward)
-    given: Mapping[str, Any] = signature.bind_partial(*args, **kwargs).arguments
-    placeholders: list[str] = []
-    fixed: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"forward takes *{name}, whose arguments a graph cannot name")
-        value = given.get(name, parameter.default)
-        if value is not parameter.empty and isinstance(value, FIXED_TYPES):
-            fixed[name] = value
-        else:
-            placeholders.append(name)
-    return CallSignature(signature, tuple(placeholders), fixed)
+def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return forward
 
 
-def _symbolic_trace(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[fx.GraphModule, CallSignature]:
-    if module._forward_hooks or module._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+def _symbolic_trace(module: nn.Module, example: Call) -> tuple[fx.GraphModule, CallSignature]:
+    if has_hooks(module):
         raise TypeError("it has forward hooks")
-    call = _call_signature(module, args, kwargs)
+    call = CallSignature.of(module, *example)
+    module = clone_module(module)
     if isinstance(module, nn.Conv2d):  # a leaf: tracing into it would lose the module
-        root = nn.Module()
+        root, graph = nn.Module(), fx.Graph()
         root.add_module("conv", module)
-        graph = fx.Graph()
-        graph.output(graph.call_module("conv", (graph.placeholder(call.placeholders[0]),)))
+        given = tuple(graph.placeholder(name) for name in call.placeholders)
+        graph.output(graph.call_module("conv", given, dict(call.fixed)))
         return fx.GraphModule(root, graph, class_name="Conv2dUnit"), call
     original_class = type(module)
-    names = ", ".join(call.placeholders)
-    keywords = ", ".join(
-        [f"{name}={name}" for name in call.placeholders] + [f"{name}=_fixed[{name!r}]" for name in call.fixed]
-    )
-    scope: dict[str, Any] = {"_forward": original_class.forward, "_fixed": dict(call.fixed)}
-    exec(f"def forward(self, {names}): return _forward(self, {keywords})", scope)
-    shim_class = type(original_class.__name__, (original_class,), {"forward": scope["forward"]})
-    shim = shim_class.__new__(shim_class)
-    shim.__dict__ = module.__dict__.copy()
-    graph = ConvTracer().trace(shim)
-    return fx.GraphModule(shim, graph, class_name=original_class.__name__), call
+    forward: Callable[..., Any] = original_class.forward
+    if "forward" in module.__dict__:  # replaced on this instance: takes no self
+        forward = _ignoring_self(module.__dict__.pop("forward"))
+    values = {
+        name: name if name in call.placeholders else f"_fixed[{name!r}]" for name in call.signature.parameters
+    }
+    arguments = [
+        values[name] if parameter.kind is parameter.POSITIONAL_ONLY else f"{name}={values[name]}"
+        for name, parameter in call.signature.parameters.items()
+    ]
+    scope: dict[str, Any] = {"_forward": forward, "_fixed": dict(call.fixed)}
+    header = ", ".join(("self", *call.placeholders))
+    exec(f"def forward({header}): return _forward({', '.join(('self', *arguments))})", scope)
+    # fx looks forward up on the class; an own subclass leaves the user's alone.
+    module.__class__ = type(original_class.__name__, (original_class,), {"forward": scope["forward"]})
+    graph = ConvTracer().trace(module)
+    return fx.GraphModule(module, graph, class_name=original_class.__name__), call
 
 
-def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Conv2d) for child in module.modules())
-
-
-def _trace_tree(
-    traced: TracedModel,
-    module: nn.Module,
-    path: str,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
-    seen: set[int],
-) -> None:
-    if id(module) in seen or not _has_convolution(module):
+def _trace_tree(traced: TracedModel, module: nn.Module, path: str, example: Call, seen: set[int]) -> None:
+    if id(module) in seen or not has_convolution(module):
         return
     seen.add(id(module))
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         try:
-            traced.units[path], traced.calls[path] = _symbolic_trace(module, *call)
+            traced.units[path], traced.calls[path] = _symbolic_trace(module, example)
             return
         except Exception as error:  # a model's forward may raise anything when it meets a Proxy
             message = " ".join(str(error).split()) or type(error).__name__
             traced.untraced[path] = f"torch.fx: {message[:160]}"
+    _trace_children(traced, module, path, seen)
+
+
+def _trace_children(traced: TracedModel, module: nn.Module, path: str, seen: set[int]) -> None:
+    if (
+        "forward" in module.__dict__
+    ):  # replaced on the instance, it may refer to these children, not to clones
+        return
     for name, child in module.named_children():
         _trace_tree(traced, child, f"{path}.{name}" if path else name, ((), {}), seen)
+
+
+def _split(traced: TracedModel, path: str, why: str) -> None:
+    """Give up the unit at ``path`` and trace its children instead."""
+    del traced.units[path], traced.calls[path]
+    traced.untraced[path] = why
+    seen = {id(traced.model.get_submodule(known)) for known in (*traced.units, *traced.untraced)}
+    _trace_children(traced, traced.model.get_submodule(path), path, seen)
+
+
+def _mark_sites(traced: TracedModel) -> None:
+    path_of = {id(module): path for path, module in named_modules(traced.model)}
+    for prefix, graph_module in traced.units.items():
+        unit = traced.model.get_submodule(prefix)
+        for node in graph_module.graph.nodes:
+            if node.op != "call_module":
+                continue
+            if isinstance(graph_module.get_submodule(str(node.target)), nn.Conv2d):
+                conv = unit if isinstance(unit, nn.Conv2d) else unit.get_submodule(str(node.target))
+                node.meta[SITE] = path_of[id(conv)]
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -222,51 +203,126 @@ class _ShapeRecorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if SITE in n.meta:
-            inputs = self.fetch_args_kwargs_from_env(n)[0]
-            self._shapes.setdefault(n.meta[SITE], []).append(tuple(inputs[0].shape))
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            given: Any = args[0] if args else kwargs["input"]
+            self._shapes.setdefault(n.meta[SITE], []).append(tuple(given.shape))
         return super().run_node(n)
 
 
-def _mark_sites(traced: TracedModel) -> None:
-    for prefix, graph_module in traced.units.items():
-        for node in graph_module.graph.nodes:
-            if node.op != "call_module":
-                continue
-            if isinstance(graph_module.get_submodule(str(node.target)), nn.Conv2d):
-                is_conv_unit = isinstance(traced.model.get_submodule(prefix), nn.Conv2d)
-                node.meta[SITE] = prefix if is_conv_unit else f"{prefix}.{node.target}".lstrip(".")
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        if isinstance(leaf, Tensor):
             yield leaf
 
 
+def _copies(value: Any) -> Any:
+    """``value`` with its tensors copied: a model may write into its inputs."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(copied, value)
+
+
+def _run_apart(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call that leaves its inputs and the random number generators as they were."""
+    devices = {leaf.device.index for leaf in _tensors((args, kwargs)) if leaf.is_cuda}
+    fork = cast("Any", torch.random).fork_rng
+    with fork(devices=sorted(devices)), torch.no_grad():
+        return function(*_copies(args), **_copies(kwargs))
+
+
+def relative_error(expected: Tensor, actual: Tensor, floor: float = 1e-30) -> float:
+    """L2 norm of the difference / that of ``expected`` (at least ``floor``), in float64.
+
+    Equal infinities and NaNs at the same places do not count as differences; others make it not finite.
+    """
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, actual))
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, a - b).square().sum().sqrt()
+    size = torch.where(a.isfinite(), a, 0.0).square().sum().sqrt()
+    return float(difference) / max(float(size), floor)
+
+
 def _agrees(expected: Any, actual: Any) -> bool:
-    left, right = list(_floats(expected)), list(_floats(actual))
-    if [tensor.shape for tensor in left] != [tensor.shape for tensor in right]:
+    left, right = list(_tensors(expected)), list(_tensors(actual))
+    if [(tensor.shape, tensor.dtype) for tensor in left] != [
+        (tensor.shape, tensor.dtype) for tensor in right
+    ]:
         return False
-    for a, b in zip(left, right, strict=True):
-        a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
-        if (a - b).norm() > 1e-2 * a.norm() + 1e-6:
-            return False
-    return True
+    floats = [(a, b) for a, b in zip(left, right, strict=True) if a.is_floating_point()]
+    return all(relative_error(a, b, floor=1e-4) <= 1e-2 for a, b in floats)
 
 
-def _record_shapes(traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Run the traced model and the original on the example; True if they agree."""
+def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str]:
+    """Run the traced units beside the modules they stand for; path -> why of those that have to be split.
+
+    If there are none, the input shapes are recorded, and units that nobody calls are given up.
+    """
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    runner = traced.assemble(traced.units)
-    units = [module for module in runner.modules() if isinstance(module, TracedUnit)]
-    for unit in units:
+    wrong: dict[str, str] = {}
+    called: set[str] = set()
+
+    def on_part(path: str) -> None:
+        wrong.setdefault(path, "its parent calls parts of it")
+
+    def watch(unit: TracedUnit, path: str) -> Callable[..., Any]:
+        original = clone_module(traced.model.get_submodule(path))
         recorder = _ShapeRecorder(unit.graph_module, shapes)
-        unit.__dict__["forward"] = lambda *a, _u=unit, _r=recorder, **k: _r.run(*_u.call.bind(a, k))
-    with torch.no_grad():
-        expected = traced.model(*args, **kwargs)
-        actual = runner(*args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.add(path)
+            wanted = _run_apart(original, args, kwargs) if path else expected
+            try:
+                actual = recorder.run(*unit.call.bind(args, kwargs))
+            except Exception as error:  # the graph may fail in any way where the module does not
+                wrong[path] = f"the traced graph fails: {type(error).__name__}: {error}"
+                return wanted
+            if not _agrees(wanted, actual):
+                wrong[path] = "the traced graph computes something else"
+            return wanted if path in wrong else actual
+
+        return forward
+
+    runner = traced.assemble(traced.units, on_part)
+    paths = {id(graph_module): path for path, graph_module in traced.units.items()}
+    for unit in [module for module in runner.modules() if isinstance(module, TracedUnit)]:
+        unit.__dict__["forward"] = watch(unit, paths[id(unit.graph_module)])
+    try:
+        actual = _run_apart(runner, *example)
+    except Exception as error:
+        if wrong:
+            return wrong
+        raise _disagreement(
+            traced.model, f"fails on example_inputs ({type(error).__name__}: {error})"
+        ) from error
+    if not wrong and not _agrees(expected, actual):
+        raise _disagreement(traced.model, "does not compute what the model computes on example_inputs")
     traced.input_shapes = {path: tuple(found) for path, found in shapes.items()}
-    return _agrees(expected, actual)
+    for path in () if wrong else set(traced.units) - called:
+        del traced.units[path], traced.calls[path]
+        traced.untraced[path] = "not called on example_inputs"
+    return wrong
+
+
+def _run_example(model: nn.Module, example: Call) -> Any:
+    try:
+        return _run_apart(model, *example)
+    except Exception as error:
+        raise InputError(
+            f"the model itself fails on them: {type(error).__name__}: {error}",
+            where="example_inputs",
+            fix="give what model(...) takes: a tensor, a tuple of arguments or a dict of keywords",
+        ) from error
+
+
+def _disagreement(model: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"the model made of its traced submodules {what}",
+        where=type(model).__name__,
+        fix="compile the submodules that hold the convolutions, or make forward deterministic",
+    )
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
@@ -275,30 +331,26 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
     Args:
         model: any nn.Module in eval mode.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. With them,
-            the traced graphs are run once beside the model, and shapes are recorded.
+            every traced graph is run once beside its module, and given up for its children's if they
+            disagree; shapes are recorded.
 
     Raises:
-        ModelError: not an eager nn.Module, in train mode, or its graph does not compute what it computes.
+        ModelError: not an eager nn.Module, in train mode, or its traced parts compute something else.
+        InputError: the model fails on ``example_inputs``.
     """
     model = check_model(model)
-    call = example_call(example_inputs) if example_inputs is not None else ((), {})
+    example: Call = ((), {}) if example_inputs is None else example_call(example_inputs)
     traced = TracedModel(model)
-    _trace_tree(traced, model, "", call, set())
+    _trace_tree(traced, model, "", example, set())
     _mark_sites(traced)
-    if example_inputs is None or _record_shapes(traced, *call):
+    if example_inputs is None:
         return traced
-    if "" in traced.units:  # a graph that lost control flow: trace the children instead
-        traced = TracedModel(model, untraced={"": "torch.fx: the traced graph computes something else"})
-        for name, child in model.named_children():
-            _trace_tree(traced, child, name, ((), {}), set())
+    expected = _run_example(clone_module(model), example)
+    while wrong := _observe(traced, example, expected):
+        for path, why in wrong.items():
+            _split(traced, path, why)
         _mark_sites(traced)
-        if _record_shapes(traced, *call):
-            return traced
-    raise ModelError(
-        "the traced graph does not compute what the model computes on example_inputs",
-        where=type(model).__name__,
-        fix="compile the submodules that hold the convolutions, or make forward deterministic",
-    )
+    return traced
 
 
 def check_model(model: nn.Module) -> nn.Module:
@@ -316,7 +368,7 @@ def check_model(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
     if isinstance(inner, nn.Module):
         model = inner
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         stateful = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))  # pyright: ignore[reportPrivateUsage]
         if module.training and (module is model or stateful):
             raise ModelError(

@@ -152,7 +152,8 @@ def build(make: Callable[[], Any], name: str, target: CodeTarget) -> BuiltKernel
         def source() -> str:
             if text is not None:
                 return text.decode()
-            return str(lower(make(), name, target).host.inspect_source("ll"))
+            with _lock:
+                return str(lower(make(), name, target).host.inspect_source("ll"))
 
         _loaded[key] = BuiltKernel(symbol, source)
         return _loaded[key]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from wsp_compiler.codegen.build import BuiltKernel, build
 from wsp_compiler.codegen.cpu_winograd import ALL_STAGES, make_cpu_kernel
-from wsp_compiler.codegen.expressions import STORAGE
 from wsp_compiler.codegen.pack import CpuWeights, choose_cpu_config, pack_cpu
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
@@ -21,6 +20,8 @@ from wsp_compiler.codegen.workspace import workspace
 from wsp_compiler.ops import WinogradSite
 
 _pool = threading.local()
+_kernels: dict[tuple[KernelSpec, CpuConfig, tuple[str, ...], CodeTarget], BuiltKernel] = {}
+_packed: WeakKeyDictionary[WinogradSite, dict[tuple[CpuConfig, str], CpuWeights]] = WeakKeyDictionary()
 
 
 def _use_threads(count: int) -> None:
@@ -60,16 +61,23 @@ class CpuLayer:
     site: WinogradSite
     slope: Tensor | None
     target: CodeTarget
+    _used: dict[tuple[str, ...], BuiltKernel] = field(
+        default_factory=dict[tuple[str, ...], BuiltKernel], init=False
+    )
 
     @cached_property
     def config(self) -> CpuConfig:
         """Register blocking chosen for the layer's kept rows."""
-        return choose_cpu_config(self.target.lanes, self.site.row_offset.diff().tolist())
+        return choose_cpu_config(self.target.lanes, [int(count) for count in self.site.row_offset.diff()])
 
     @cached_property
     def weights(self) -> CpuWeights:
-        """Packed weights."""
-        return pack_cpu(self.site, self.spec, self.config)
+        """Packed weights, shared by the layer's kernels for other image sizes and epilogues."""
+        packed = _packed.setdefault(self.site, {})
+        key = (self.config, self.spec.precision)
+        if key not in packed:
+            packed[key] = pack_cpu(self.site, self.spec, self.config)
+        return packed[key]
 
     @cached_property
     def _slope(self) -> Tensor:
@@ -79,18 +87,24 @@ class CpuLayer:
         return slope
 
     def kernel(self, stages: tuple[str, ...] = ALL_STAGES) -> BuiltKernel:
-        """The built kernel for ``stages``."""
-        name = "winograd_conv2d" if stages == ALL_STAGES else f"{stages[0]}_stage"
-        make: Callable[[], object] = lambda: make_cpu_kernel(self.spec, self.config, stages)  # noqa: E731
-        return build(make, name, self.target)
+        """The built kernel for ``stages``, shared by equal layers: making its TensorIR takes long."""
+        if stages not in self._used:
+            key = (self.spec, self.config, stages, self.target)
+            if key not in _kernels:
+                name = "winograd_conv2d" if stages == ALL_STAGES else f"{stages[0]}_stage"
+                _kernels[key] = build(
+                    lambda: make_cpu_kernel(self.spec, self.config, stages), name, self.target
+                )
+            self._used[stages] = _kernels[key]
+        return self._used[stages]
 
     def source(self) -> str:
-        """LLVM text of the fused kernel."""
-        return self.kernel().text()
+        """LLVM text of the kernels used so far."""
+        return "\n".join(kernel.text() for kernel in self._used.values())
 
     def _slicing(self, images: int, threads: int) -> Slicing:
         TH, TW = self.spec.tiles
-        tile_rows, winograd = images * TH, self.spec.winograd
+        tile_rows, winograd = max(1, images * TH), self.spec.winograd
         channels = -(-self.spec.channels // self.config.lanes) * self.config.lanes
         fitting = max(self.config.tile_block, self.config.slice_bytes // (winograd.positions * channels * 4))
         rows = max(1, min(fitting // TW, -(-tile_rows // threads)))
@@ -100,7 +114,14 @@ class CpuLayer:
         return Slicing(rows, -(-tile_rows // rows), -(-rows * TW // block) * block, threads)
 
     def _call(
-        self, stages: tuple[str, ...], x: Tensor, residual: Tensor | None, y: Tensor, V: Tensor, M: Tensor, cut: Slicing
+        self,
+        stages: tuple[str, ...],
+        x: Tensor,
+        residual: Tensor | None,
+        y: Tensor,
+        V: Tensor,
+        M: Tensor,
+        cut: Slicing,
     ) -> None:
         spec, weights, threads = self.spec, self.weights, torch.get_num_threads()
         _use_threads(threads)
@@ -112,8 +133,9 @@ class CpuLayer:
         r = y if residual is None else residual
         workers = min(cut.workers, cut.count)
         self.kernel(stages).function(
-            flat_view(x), weights.U, weights.start, weights.block_offset, weights.destination, weights.columns,
-            weights.column_offset, weights.bias, self._slope, flat_view(r), flat_view(y), V, M,
+            flat_view(x), weights.U, weights.start, weights.block_offset, weights.destination,
+            weights.columns, weights.column_offset, weights.bias, self._slope, flat_view(r), flat_view(y),
+            V, M,
             workspace.take("lines", workers, lines),
             workspace.take("full", workers, winograd.positions * max(c_pad, n_pad) + 1),
             *x.stride(), *r.stride(), *y.stride(), x.shape[0], cut.rows, workers,

@@ -1,1 +1,188 @@
-class CudaLayer: pass
+"""Run the CUDA kernels of one layer on torch tensors, on torch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wsp_compiler.codegen.build import BuiltKernel, build
+from wsp_compiler.codegen.cpu_launch import flat_view
+from wsp_compiler.codegen.cuda_gemm_ffma import make_gemm_ffma
+from wsp_compiler.codegen.cuda_gemm_mma import make_gemm_mma
+from wsp_compiler.codegen.cuda_input_transform import input_blocks, make_input_transform
+from wsp_compiler.codegen.cuda_output_transform import make_output_transform, output_blocks
+from wsp_compiler.codegen.pack import CudaWeights, pack_cuda
+from wsp_compiler.codegen.spec import OPERAND_STORAGE, CudaConfig, KernelSpec
+from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.ops import WinogradSite
+
+TORCH_STORAGE = {"float16": torch.float16, "uint16": torch.uint16, "float32": torch.float32}
+SLICE_ELEMENTS = 1 << 25
+"""Elements of V per slice of tiles: bounds the workspace, and 32-bit indices inside the kernels."""
+INDEX_LIMIT = 2**31 - 1
+
+
+def choose_cuda_config(max_rows: int) -> CudaConfig:
+    """Block shape for positions with up to ``max_rows`` kept rows."""
+    if max_rows <= 16:
+        return CudaConfig(block_filters=16)
+    if max_rows <= 32:
+        return CudaConfig(block_filters=32)
+    return CudaConfig(block_filters=64, warps_filters=2)
+
+
+def input_lanes(spec: KernelSpec) -> int:
+    """Channels per thread of the input transform.
+
+    Rounding to bfloat16 and tf32 selects per element, which TVM's CUDA code generator cannot do on vectors.
+    """
+    paired = spec.input_channels_last and spec.channels % 2 == 0 and not spec.columns_pruned
+    return 2 if paired and spec.precision in ("fp16", "fp32") else 1
+
+
+@dataclass
+class CudaLayer:
+    """The CUDA kernels of one lowered convolution for one :class:`KernelSpec`.
+
+    ``site`` holds the kept weights, ``slope`` the PReLU slope ([1] or [n]) if the activation has one.
+    """
+
+    spec: KernelSpec
+    site: WinogradSite
+    slope: Tensor | None
+    target: CodeTarget
+
+    @cached_property
+    def weights(self) -> CudaWeights:
+        """Packed weights."""
+        return pack_cuda(self.site, self.spec)
+
+    @cached_property
+    def config(self) -> CudaConfig:
+        """Block shape of the batched GEMM."""
+        return choose_cuda_config(self.weights.max_rows)
+
+    @cached_property
+    def _slope(self) -> Tensor:
+        slope = torch.zeros_like(self.weights.bias)
+        if self.slope is not None:
+            slope[:] = self.slope.float()
+        return slope
+
+    @cached_property
+    def kernels(self) -> tuple[BuiltKernel, BuiltKernel, BuiltKernel]:
+        """Input transform, batched GEMM, output transform."""
+        make_gemm = make_gemm_ffma if self.spec.precision == "fp32" else make_gemm_mma
+        makers: tuple[tuple[Callable[[], Any], str], ...] = (
+            (lambda: make_input_transform(self.spec, input_lanes(self.spec)), "input_transform"),
+            (lambda: make_gemm(self.spec, self.config), "sparse_bgemm"),
+            (lambda: make_output_transform(self.spec), "output_transform"),
+        )
+        first, second, third = (build(make, name, self.target) for make, name in makers)
+        return first, second, third
+
+    def source(self) -> str:
+        """CUDA C of the three kernels."""
+        return "\n".join(kernel.text() for kernel in self.kernels)
+
+    def empty_output(self, x: Tensor) -> Tensor:
+        """An uninitialised output for input x."""
+        layout = torch.channels_last if self.spec.output_channels_last else torch.contiguous_format
+        shape = (x.shape[0], self.spec.filters, *self.spec.output_size)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+    @cached_property
+    def _depth(self) -> int:
+        return int(self.weights.depth_base[-1])
+
+    @cached_property
+    def _m_rows(self) -> int:
+        return int(self.weights.m_base[-1])
+
+    def _input(self, x: Tensor, V: Tensor, first: int, count: int) -> None:
+        w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
+        blocks = input_blocks(self.spec, input_lanes(self.spec), count)
+        self.kernels[0].function(
+            flat_view(x), V, w.column_slot, w.depth_base, *x.stride(), first, count, total, blocks
+        )
+
+    def _gemm(self, V: Tensor, M: Tensor, count: int) -> None:
+        w = self.weights
+        self.kernels[1].function(V, w.U, w.row_offset, w.m_base, w.depth_base, w.u_start, M, w.max_rows, count)
+
+    def _output(self, M: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, first: int, count: int) -> None:
+        w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
+        r = y if residual is None else residual
+        self.kernels[2].function(
+            M, w.row_slot, w.m_base, w.bias, self._slope, flat_view(r), flat_view(y), *r.stride(), *y.stride(),
+            w.factor, first, count, total, output_blocks(self.spec, count),
+        )  # fmt: skip
+
+    def _workspace(self, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        storage = TORCH_STORAGE[OPERAND_STORAGE[self.spec.precision]]
+        V = torch.empty(tiles * self._depth, dtype=storage, device=device)
+        return V, torch.empty(tiles * self._m_rows, dtype=torch.float32, device=device)
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """All three stages, a slice of tiles at a time."""
+        y = self.empty_output(x)
+        images = self._images_per_call(x, y)
+        for start in range(0, x.shape[0] if y.numel() else 0, images):
+            part = slice(start, start + images)
+            self._run_images(x[part], None if residual is None else residual[part], y[part])
+        return y
+
+    def _images_per_call(self, x: Tensor, y: Tensor) -> int:
+        """Images whose elements 32-bit indices reach, at least one."""
+        per_image = max(
+            [1, *((1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))) for t in (x, y))]
+        )
+        strides = max(x.stride(0), y.stride(0), per_image)
+        return max(1, INDEX_LIMIT // strides - 1) if x.shape[0] * strides > INDEX_LIMIT else max(1, x.shape[0])
+
+    def _run_images(self, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
+        total = x.shape[0] * self.spec.tiles_per_image
+        widest = max(self._depth, self._m_rows, 1)
+        limit = max(1024, SLICE_ELEMENTS // widest // 128 * 128)
+        slices = -(-total // limit)
+        count = -(-total // (slices * 32)) * 32
+        with torch.cuda.device(x.device):
+            V, M = self._workspace(count, x.device)
+            for first in range(0, total, count):
+                self._input(x, V, first, count)
+                self._gemm(V, M, count)
+                self._output(M, x, residual, y, first, count)
+
+    # The stages apart hold V and M of all tiles.
+    def _tiles(self, x: Tensor) -> int:
+        total = x.shape[0] * self.spec.tiles_per_image
+        return -(-total // 32) * 32
+
+    def input_transform(self, x: Tensor) -> Tensor:
+        """V of all tiles, in the kernels' own layout."""
+        with torch.cuda.device(x.device):
+            V, _ = self._workspace(self._tiles(x), x.device)
+            if x.shape[0]:
+                self._input(x, V, 0, self._tiles(x))
+        return V
+
+    def sparse_bgemm(self, V: Tensor, x: Tensor) -> Tensor:
+        """M of all tiles from V."""
+        with torch.cuda.device(x.device):
+            _, M = self._workspace(self._tiles(x), x.device)
+            if x.shape[0]:
+                self._gemm(V, M, self._tiles(x))
+        return M
+
+    def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer's output from M."""
+        y = self.empty_output(x)
+        if y.numel():
+            with torch.cuda.device(x.device):
+                self._output(M, x, residual, y, 0, self._tiles(x))
+        return y

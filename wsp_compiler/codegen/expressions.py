@@ -72,6 +72,15 @@ def bfloat16_values(value: Expression, lanes: int) -> Expression:
     )
 
 
+def tf32_values(value: Expression, lanes: int = 1) -> Expression:
+    """float32 ``value`` rounded to nearest even at tf32's 10 mantissa bits; Inf and NaN stay as they are."""
+    bits = T.reinterpret(vector("uint32", lanes), value)
+    odd = (bits >> _splat_uint(13, lanes)) & _splat_uint(1, lanes)
+    rounded = (bits + _splat_uint(0xFFF, lanes) + odd) & _splat_uint(0xFFFFE000, lanes)
+    finite = (bits & _splat_uint(0x7F800000, lanes)) < _splat_uint(0x7F800000, lanes)
+    return T.reinterpret(vector("float32", lanes), T.Select(finite, rounded, bits))
+
+
 STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 """Element type of the buffer that holds each dtype; bfloat16 travels as its bits."""
 

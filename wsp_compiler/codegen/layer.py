@@ -42,6 +42,15 @@ class WinogradLayer(nn.Module):
 
     Kernels are specialised on height, width, dtype, memory format and epilogue on first use; the batch size
     stays symbolic.
+
+    Args:
+        path: module path of the convolution.
+        site: its kept weights.
+        slope: PReLU slope, if the activation has one.
+        padding, tile, activation, channels_last: see wsp_compiler.ops.
+        precision: the user's choice of arithmetic, or None.
+        target: where the kernels run.
+        dtype: of the convolution's weight; inputs must have it outside autocast. None accepts any.
     """
 
     def __init__(
@@ -55,13 +64,14 @@ class WinogradLayer(nn.Module):
         channels_last: bool,
         precision: str | None,
         target: CodeTarget,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.path = path
         self.site = site
         self.slope = slope
         self.padding, self.tile, self.activation = padding, tile, activation
-        self.channels_last, self.precision, self.target = channels_last, precision, target
+        self.channels_last, self.precision, self.target, self.dtype = channels_last, precision, target, dtype
         positions = site.row_offset.numel() - 1
         self.filters: int = site.bias.numel()
         full_rows = site.rows.numel() == positions * self.filters
@@ -84,23 +94,35 @@ class WinogradLayer(nn.Module):
         return [layer.source() for layer in self._state["layers"].values()]
 
     def _where(self) -> str:
-        return f"convolution {self.path}"
+        return f"convolution {self.path}" if self.path else "the convolution"
 
     def _prepare(self, x: Tensor, residual: bool, plain: bool = False) -> tuple[Tensor, CpuLayer | CudaLayer]:
         """The input as the kernels take it, and the kernels for it; ``plain`` leaves out the epilogue."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"expected a tensor, got {type(x).__name__}", where=self._where(), fix="convert it"
+            )
+        if x.device != self.target.device:
+            raise InputError(
+                f"expected a tensor on {self.target.device}, got one on {x.device}",
+                where=self._where(),
+                fix="move the input, or compile the model for that device",
+            )
+        expected = self.dtype
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in DTYPES:
+            expected = torch.get_autocast_dtype(x.device.type)
+            x = x.to(expected)
+        if x.dtype not in DTYPES or expected not in (None, x.dtype):
+            raise InputError(
+                f"expected an input of {expected or 'float32, float16 or bfloat16'}, got {x.dtype}",
+                where=self._where(),
+                fix="convert the input, or compile model.to(that dtype)",
+            )
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise InputError(
                 f"expected an input [N, {self.channels}, H, W], got {list(x.shape)}",
                 where=self._where(),
                 fix=f"give it {self.channels} channels",
-            )
-        if x.device != self.target.device or x.dtype not in DTYPES:
-            raise InputError(
-                f"expected a float32, float16 or bfloat16 tensor on {self.target.device}, got {x.dtype} on {x.device}",
-                where=self._where(),
-                fix="convert the input, or compile the model for that device",
             )
         self._state["shape"] = tuple(x.shape)
         key = (
@@ -158,8 +180,9 @@ class WinogradLayer(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The convolution with its epilogue: [N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out]."""
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
+        if isinstance(x, Tensor) and x.dim() == 3:  # pyright: ignore[reportUnnecessaryIsInstance]
+            residual = None if residual is None else residual.unsqueeze(0)
+            return self.forward(x.unsqueeze(0), residual).squeeze(0)
         x, layer = self._prepare(x, residual is not None)
         if residual is None or _fits(residual, x, layer.spec):
             return layer.run(x, residual)
@@ -172,21 +195,28 @@ class WinogradLayer(nn.Module):
 
     def input_transform(self, x: Tensor) -> Tensor:
         """V of x, in the kernels' own layout."""
-        x, layer = self._prepare(x, False, plain=True)
+        x, layer = self._prepare(_batched(x), False, plain=True)
         return layer.input_transform(x)
 
     def sparse_bgemm(self, V: Tensor, x: Tensor) -> Tensor:
         """M from V, both in the kernels' own layout."""
-        x, layer = self._prepare(x, False, plain=True)
+        x, layer = self._prepare(_batched(x), False, plain=True)
         return layer.sparse_bgemm(V, x)
 
     def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
         """The layer's output from M."""
+        if x.dim() == 3:
+            residual = None if residual is None else residual.unsqueeze(0)
+            return self.output_transform(M, x.unsqueeze(0), residual).squeeze(0)
         x, layer = self._prepare(x, residual is not None)
         if residual is None or _fits(residual, x, layer.spec):
             return layer.output_transform(M, x, residual)
         x, layer = self._prepare(x, False, plain=True)
         return self._add(layer.output_transform(M, x, None), residual)
+
+
+def _batched(x: Tensor) -> Tensor:
+    return x.unsqueeze(0) if x.dim() == 3 else x
 
 
 def _fits(residual: Tensor, x: Tensor, spec: KernelSpec) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,4 +86,92 @@ def pack_cpu(site: WinogradSite, spec: KernelSpec, config: CpuConfig) -> CpuWeig
         columns=site.columns.contiguous(),
         column_offset=site.column_offset.contiguous(),
         bias=bias,
+    )
+
+
+@dataclass(frozen=True)
+class CudaWeights:
+    """Packed for the CUDA kernels, on the device.
+
+    Attributes:
+        U: operand type, per position [rows_k, depth_k], depth zero padded to 16 bytes; positions concatenated.
+        u_start: int32 [p*p], first element of each position.
+        row_offset: int32 [p*p + 1], kept rows before each position.
+        m_base: int32 [p*p + 1], the same with rows padded as M stores them.
+        depth_base: int32 [p*p + 1], padded depth before each position.
+        row_slot: int32 [p*p * n], row of M_k that holds a filter, or -1.
+        column_slot: int32 [p*p * slot_channels], column of V_k that a channel goes to, or -1.
+        bias: float32 [n].
+        factor: what the GEMM's results have to be multiplied by.
+        max_rows: the largest number of kept rows of a position.
+    """
+
+    U: Tensor
+    u_start: Tensor
+    row_offset: Tensor
+    m_base: Tensor
+    depth_base: Tensor
+    row_slot: Tensor
+    column_slot: Tensor
+    bias: Tensor
+    factor: float
+    max_rows: int
+
+
+def fp16_weight_scale(largest: float) -> float:
+    """A power of two that brings the largest weight near 2^10: neither overflow nor subnormals in float16."""
+    if not math.isfinite(largest) or largest == 0:
+        return 1.0
+    return 2.0 ** (9 - math.frexp(largest)[1])
+
+
+def _to_operand(U: Tensor, precision: str) -> Tensor:
+    if precision == "fp16":
+        return U.half()
+    if precision == "bf16":
+        return U.bfloat16().view(torch.uint16)
+    if precision == "tf32":  # round to nearest even at 10 mantissa bits
+        bits = U.contiguous().view(torch.int32)
+        rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+        return torch.where(torch.isfinite(U), rounded.view(torch.float32), U)
+    return U
+
+
+def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
+    """Pack a site's weights; see :class:`CudaWeights`."""
+    device, positions = site.weight.device, spec.winograd.positions
+    rows, columns = site.row_offset.diff().tolist(), site.column_offset.diff().tolist()
+    depths = [_round_up(count, spec.depth_alignment) for count in columns]
+    largest = float(site.weight.abs().max()) if site.weight.numel() else 0.0
+    scale = fp16_weight_scale(largest) if spec.precision == "fp16" else 1.0
+    parts = [
+        torch.nn.functional.pad(U_k, (0, depth - U_k.shape[1])).reshape(-1) * scale
+        for U_k, depth in zip(site.position_weights(), depths, strict=True)
+    ]
+    row_slot = torch.full((positions, spec.filters), -1, dtype=torch.int32)
+    column_slot = torch.full((positions, spec.slot_channels), -1, dtype=torch.int32)
+    row_offset, column_offset = site.row_offset.tolist(), site.column_offset.tolist()
+    for k in range(positions):
+        kept = site.rows[row_offset[k] : row_offset[k + 1]].cpu().long()
+        row_slot[k, kept] = torch.arange(rows[k], dtype=torch.int32)
+        kept = site.columns[column_offset[k] : column_offset[k + 1]].cpu().long()
+        column_slot[k, kept] = torch.arange(columns[k], dtype=torch.int32)
+        padding = torch.arange(columns[k], depths[k], dtype=torch.int32)
+        column_slot[k, spec.channels : spec.channels + len(padding)] = padding
+    padded_rows = [_round_up(count, 2) for count in rows]
+
+    def offsets(counts: list[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+
+    return CudaWeights(
+        U=_to_operand(torch.cat(parts), spec.precision).contiguous(),
+        u_start=offsets([r * d for r, d in zip(rows, depths, strict=True)])[:-1].contiguous(),
+        row_offset=offsets(rows),
+        m_base=offsets(padded_rows),
+        depth_base=offsets(depths),
+        row_slot=row_slot.reshape(-1).to(device),
+        column_slot=column_slot.reshape(-1).to(device),
+        bias=site.bias.contiguous(),
+        factor=spec.operand_scale / scale,
+        max_rows=max(rows),
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from wsp_compiler.errors import OptionError
 from wsp_compiler.winograd import WinogradTransform, output_size, tile_grid, transform
+
+
+OPERAND_STORAGE = {"fp16": "float16", "bf16": "uint16", "tf32": "float32", "fp32": "float32"}
+"""Element type of U and V on CUDA for each precision; bfloat16 travels as its bits."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,29 @@ class KernelSpec:
     def tiles_per_image(self) -> int:
         """Tiles of one image."""
         return self.tiles[0] * self.tiles[1]
+
+
+    # What follows describes the operands of the batched GEMM on CUDA.
+
+    @property
+    def operand_scale(self) -> float:
+        """Divisor of V: float16 operands must hold the input's largest values times the transform's growth.
+
+        A power of two, so that the division is exact; the GEMM's float32 results are multiplied back.
+        """
+        return 2.0 ** math.ceil(math.log2(self.winograd.input_growth)) if self.precision == "fp16" else 1.0
+
+    @property
+    def depth_alignment(self) -> int:
+        """Elements of 16 bytes: every position's depth is padded to a multiple of it."""
+        return 4 if OPERAND_STORAGE[self.precision] == "float32" else 8
+
+    @property
+    def slot_channels(self) -> int:
+        """Channels that the input transform walks through: c and the virtual ones of the zero padding."""
+        if self.columns_pruned:
+            return self.channels + self.depth_alignment - 1
+        return -(-self.channels // self.depth_alignment) * self.depth_alignment
 
 
 @dataclass(frozen=True)

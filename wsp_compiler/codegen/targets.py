@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,32 +35,63 @@ class CodeTarget:
         return self.device.type == "cuda"
 
 
+def _llvm() -> Any:
+    """TVM's questions to LLVM; imported late, since importing TVM takes seconds."""
+    from wsp_compiler.codegen.tvm_import import tvm
+
+    return tvm.target.codegen
+
+
 @cache
 def host_cpu() -> str:
     """LLVM's name of this machine's CPU."""
-    from tvm.target import codegen
-
-    return str(codegen.llvm_get_system_cpu())
+    return str(_llvm().llvm_get_system_cpu())
 
 
 @cache
 def vector_lanes(cpu: str) -> int:
     """float32 lanes of the widest vectors that LLVM's CPU model ``cpu`` has."""
-    from tvm.target import codegen
-
     from wsp_compiler.codegen.tvm_import import tvm
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
     for feature, lanes in (("avx512f", 16), ("avx2", 8)):
-        if codegen.target_has_features(feature, target):
+        if _llvm().target_has_features(feature, target):
             return lanes
     return 4
 
 
+def usable_lanes() -> int:
+    """float32 lanes of the widest vectors that this machine runs, as PyTorch found them.
+
+    The CPU's name alone is not enough: a virtual machine may hide instructions of the CPU it runs on.
+    """
+    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+
+
 def cpu_target(cpu: str | None = None) -> CodeTarget:
-    """The CPU target; ``cpu`` is an LLVM CPU name, by default this machine's."""
-    name = cpu or host_cpu()
-    return CodeTarget(torch.device("cpu"), name, vector_lanes(name))
+    """The CPU target; ``cpu`` is an LLVM CPU name, by default this machine's.
+
+    Raises:
+        TargetError: LLVM does not know the CPU, or its vectors are wider than this machine's.
+    """
+    name, where = cpu or host_cpu(), f"target={{'kind': 'llvm', 'mcpu': {cpu!r}}}"
+    if cpu is not None and not _llvm().llvm_is_valid_cpu(cpu, _llvm().llvm_get_system_triple()):
+        from wsp_compiler.codegen.tvm_import import tvm
+
+        known = [str(entry) for entry in _llvm().llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"}))]
+        near = ", ".join(difflib.get_close_matches(cpu, known, n=3)) or "x86-64-v3, x86-64-v4"
+        raise TargetError(f"LLVM knows no CPU {cpu!r}", where=where, fix=f"near names: {near}")
+    lanes = vector_lanes(name)
+    if lanes > usable_lanes():
+        generic = {8: "x86-64-v3", 4: "x86-64"}[usable_lanes()]
+        if cpu is not None:
+            raise TargetError(
+                f"this machine does not run {lanes}-lane vectors",
+                where=where,
+                fix=f"use {generic!r} or target='cpu'",
+            )
+        name, lanes = generic, usable_lanes()
+    return CodeTarget(torch.device("cpu"), name, lanes)
 
 
 def cuda_target(index: int | None = None, arch: str | None = None) -> CodeTarget:
@@ -70,7 +102,9 @@ def cuda_target(index: int | None = None, arch: str | None = None) -> CodeTarget
     """
     if not torch.cuda.is_available():
         raise TargetError(
-            "PyTorch sees no CUDA device", where="target='cuda'", fix="use target='cpu', or install a CUDA build of torch"
+            "PyTorch sees no CUDA device",
+            where="target='cuda'",
+            fix="use target='cpu', or install a CUDA build of torch",
         )
     if torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) != 13:
         raise TargetError(
@@ -82,12 +116,16 @@ def cuda_target(index: int | None = None, arch: str | None = None) -> CodeTarget
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     if device.index >= count:
         raise TargetError(
-            f"there are {count} CUDA devices", where=f"target='{device}'", fix=f"use cuda:0 to cuda:{count - 1}"
+            f"there are {count} CUDA devices",
+            where=f"target='{device}'",
+            fix=f"use cuda:0 to cuda:{count - 1}",
         )
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         raise TargetError(
-            f"compute capability {major}.{minor} is older than 8.0", where=f"target='{device}'", fix="use target='cpu'"
+            f"compute capability {major}.{minor} is older than 8.0",
+            where=f"target='{device}'",
+            fix="use target='cpu'",
         )
     return CodeTarget(device, arch or f"sm_{major}{minor}", 0)
 
@@ -96,8 +134,8 @@ def resolve_target(target: Any, device: torch.device) -> CodeTarget:
     """The target that a user's ``target`` argument means for a model on ``device``.
 
     Args:
-        target: None (follow ``device``), "cpu", "cuda", "cuda:N", a torch.device, a ``tvm.target.Target`` or its
-            dict form such as {"kind": "llvm", "mcpu": "x86-64-v3"} or {"kind": "cuda", "arch": "sm_80"}.
+        target: None (follow ``device``), "cpu", "cuda", "cuda:N", a torch.device, a ``tvm.target.Target`` or
+            its dict form such as {"kind": "llvm", "mcpu": "x86-64-v3"} or {"kind": "cuda", "arch": "sm_80"}.
         device: where the model's tensors are.
 
     Raises:
@@ -106,19 +144,29 @@ def resolve_target(target: Any, device: torch.device) -> CodeTarget:
     kind = getattr(getattr(target, "kind", None), "name", None)
     if kind is not None:  # a tvm.target.Target
         attributes: Mapping[str, Any] = dict(target.attrs)
-        target = {"kind": kind, **{key: str(attributes[key]) for key in ("mcpu", "arch") if key in attributes}}
+        target = {
+            "kind": kind,
+            **{key: str(attributes[key]) for key in ("mcpu", "arch") if key in attributes},
+        }
     if isinstance(target, Mapping):
-        if target.get("kind") == "llvm":
-            return cpu_target(target.get("mcpu"))
-        if target.get("kind") == "cuda":
-            return cuda_target(arch=target.get("arch"))
-        raise TargetError(f"unknown kind {target.get('kind')!r}", where="target", fix="use kind 'llvm' or 'cuda'")
+        options: dict[str, Any] = dict(target)  # pyright: ignore[reportUnknownArgumentType]
+        if options.get("kind") == "llvm":
+            return cpu_target(options.get("mcpu"))
+        if options.get("kind") == "cuda":
+            return cuda_target(arch=options.get("arch"))
+        raise TargetError(
+            f"unknown kind {options.get('kind')!r}", where="target", fix="use kind 'llvm' or 'cuda'"
+        )
     try:
         chosen = device if target is None else torch.device(target)
     except (RuntimeError, TypeError) as error:
-        raise TargetError(f"unknown target {target!r}", where="target", fix="use 'cpu', 'cuda' or 'cuda:N'") from error
+        raise TargetError(
+            f"unknown target {target!r}", where="target", fix="use 'cpu', 'cuda' or 'cuda:N'"
+        ) from error
     if chosen.type == "cpu":
         return cpu_target()
     if chosen.type == "cuda":
         return cuda_target(chosen.index)
-    raise TargetError(f"no kernels for device {chosen}", where="target", fix="move the model to the CPU or to CUDA")
+    raise TargetError(
+        f"no kernels for device {chosen}", where="target", fix="move the model to the CPU or to CUDA"
+    )

@@ -1,4 +1,4 @@
-"""Scratch memory of the CPU kernels: one growing buffer per calling thread and purpose, shared by all layers."""
+"""Scratch memory of the CPU kernels: growing buffers of each calling thread, shared by all layers."""
 
 from __future__ import annotations
 
