@@ -53,7 +53,14 @@ SHAPES = [  # batch, c, n, H, W, padding
     (0, 32, 32, 8, 8, (1, 1)),
     (2, 70, 36, 30, 17, (2, 0)),
 ]
-PATTERNS = [("dense", "row"), ("bwsp", "row"), ("bwsp", "column"), ("wsp", "row"), ("wsp", "column"), ("fp", "row")]
+PATTERNS = [
+    ("dense", "row"),
+    ("bwsp", "row"),
+    ("bwsp", "column"),
+    ("wsp", "row"),
+    ("wsp", "column"),
+    ("fp", "row"),
+]
 
 
 @pytest.mark.parametrize(("method", "direction"), PATTERNS)
@@ -243,5 +250,7 @@ def test_autocast_and_other_devices() -> None:
         compiled(x.cpu())
     with pytest.raises(wsp_compiler.errors.TargetError, match="devices"):
         wsp_compiler.compile(model, target="cuda:99")
-    moved = wsp_compiler.compile(copy.deepcopy(model).cpu(), 0, method="dense", target="cuda", precision="fp32")
+    moved = wsp_compiler.compile(
+        copy.deepcopy(model).cpu(), 0, method="dense", target="cuda", precision="fp32"
+    )
     assert moved(x).device == x.device

@@ -6,17 +6,25 @@ A layer's kept weights are stored compacted, positions one after another (see :c
 - ``columns`` [C], ``column_offset`` [p*p + 1]: likewise the input channel of every stored column;
 - ``weight`` [sum_k R_k * C_k]: the matrices U_k, each [R_k, C_k] row-major, concatenated.
 
-Row pruning leaves all c columns in every position, column pruning all n rows. V is [C, T] and M is [R, T], the
-positions concatenated. Arithmetic is float64 for float64 input and float32 otherwise.
+Row pruning leaves all c columns in every position, column pruning all n rows. V is [C, T] and M is [R, T],
+the positions concatenated. Arithmetic is float64 for float64 input and float32 otherwise. As for nn.Conv2d,
+an input [c, H, W] is one image without a batch dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
-from wsp_compiler.winograd import output_size, tile_grid, transform
+from wsp_compiler.errors import InputError
+from wsp_compiler.winograd import FILTER_SIDE, output_size, transform
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ACTIVATIONS = ("none", "relu", "relu6", "prelu")
 
@@ -50,7 +58,8 @@ class WinogradSite(nn.Module):
             offset = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
             self.register_buffer(f"{name}s", index)
             self.register_buffer(f"{name}_offset", offset)
-        self.register_buffer("bias", torch.zeros(n, device=U.device) if bias is None else bias.detach().float())
+        values = torch.zeros(n, device=U.device) if bias is None else bias.detach()
+        self.register_buffer("bias", values.to(torch.float32, copy=True))
 
     def position_weights(self) -> list[Tensor]:
         """The matrices U_k, each [R_k, C_k]."""
@@ -59,9 +68,18 @@ class WinogradSite(nn.Module):
 
 def split_weight(weight: Tensor, row_offset: Tensor, column_offset: Tensor) -> list[Tensor]:
     """The flat ``weight`` as matrices U_k [R_k, C_k]."""
-    rows, columns = row_offset.diff().tolist(), column_offset.diff().tolist()
+    rows, columns = _counts(row_offset), _counts(column_offset)
     parts = torch.split(weight, [r * c for r, c in zip(rows, columns, strict=True)])
     return [part.view(r, c) for part, r, c in zip(parts, rows, columns, strict=True)]
+
+
+def _counts(offset: Tensor) -> list[int]:
+    return cast("Any", offset.diff()).tolist()
+
+
+def _fake(op: Any) -> Callable[[Function], Function]:
+    """Decorator for the shape function of a custom operator."""
+    return op.register_fake
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,7 +88,39 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def suggest_channels_last(x: Tensor) -> bool:
     """True if PyTorch's convolution would take ``x`` for a channels_last tensor."""
-    return x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    return x.dim() == 4 and suggest_memory_format(x) == torch.channels_last
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """True if a convolution with ``weight`` returns channels_last tensors whatever its input is."""
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def _images(x: Tensor) -> Tensor:
+    """x as [N, c, H, W]."""
+    if x.dim() not in (3, 4):
+        raise InputError(
+            f"expected an input [N, c, H, W] or [c, H, W], got {list(x.shape)}",
+            where="Winograd convolution",
+            fix="give images with a batch and a channel dimension",
+        )
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def _output_size(x: Tensor, padding: list[int]) -> tuple[int, int]:
+    size = (output_size(x.shape[-2], padding[0]), output_size(x.shape[-1], padding[1]))
+    if size[0] < 1 or size[1] < 1:
+        raise InputError(
+            f"an image of {x.shape[-2]}x{x.shape[-1]} with padding {padding} is smaller than the 3x3 filter",
+            where="Winograd convolution",
+            fix="give a larger image",
+        )
+    return size
+
+
+def _tile_grid(x: Tensor, padding: list[int], tile: int) -> tuple[int, int]:
+    size = _output_size(x, padding)
+    return (-(-size[0] // tile), -(-size[1] // tile))
 
 
 @torch.library.custom_op("wsp::input_transform", mutates_args=())
@@ -80,7 +130,7 @@ def input_transform(
     """V = B^T d B of every tile d, compacted to the kept columns.
 
     Args:
-        x: [N, c, H, W].
+        x: [N, c, H, W] or [c, H, W].
         columns, column_offset: see the module's docstring.
         padding: zeros added (vertically, horizontally) on each side.
         tile: output tile side m.
@@ -90,22 +140,21 @@ def input_transform(
     """
     winograd = transform(tile)
     dtype, p = _compute_dtype(x.dtype), winograd.input_side
-    tiles = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
-    extent = [count * tile + 2 for count in tiles]
-    below = [extent[i] - x.shape[2 + i] - padding[i] for i in (0, 1)]
+    x, tiles = _images(x), _tile_grid(x, padding, tile)
+    below = [count * tile + FILTER_SIDE - 1 - x.shape[2 + i] - padding[i] for i, count in enumerate(tiles)]
     padded = F.pad(x.to(dtype), (padding[1], below[1], padding[0], below[0]))
     d = padded.unfold(2, p, tile).unfold(3, p, tile)  # [N, c, tile rows, tile columns, p, p]
     BT = winograd.tensor("BT", dtype, x.device)
-    V = torch.einsum("ai,nchwij,bj->abcnhw", BT, d, BT)
-    V = V.reshape(p * p, x.shape[1], x.shape[0] * tiles[0] * tiles[1])  # [p*p, c, T]
+    full = torch.einsum("ai,nchwij,bj->abcnhw", BT, d, BT)
+    V = full.reshape(p * p, x.shape[1], x.shape[0] * tiles[0] * tiles[1])  # [p*p, c, T]
     position = torch.repeat_interleave(column_offset.diff().long())
     return V[position, columns.long()]
 
 
-@input_transform.register_fake
+@_fake(input_transform)
 def _(x: Tensor, columns: Tensor, column_offset: Tensor, padding: list[int], tile: int) -> Tensor:
-    rows, cols = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
-    return x.new_empty((columns.shape[0], x.shape[0] * rows * cols), dtype=_compute_dtype(x.dtype))
+    x, tiles = _images(x), _tile_grid(x, padding, tile)
+    return x.new_empty((columns.shape[0], x.shape[0] * tiles[0] * tiles[1]), dtype=_compute_dtype(x.dtype))
 
 
 @torch.library.custom_op("wsp::sparse_bgemm", mutates_args=())
@@ -121,25 +170,25 @@ def sparse_bgemm(
     Returns:
         [R, T].
     """
-    parts = torch.split(V, column_offset.diff().tolist())
+    parts = torch.split(V, _counts(column_offset))
     matrices = split_weight(weight.to(V.dtype), row_offset, column_offset)
     return torch.cat([U_k @ V_k for U_k, V_k in zip(matrices, parts, strict=True)])
 
 
-@sparse_bgemm.register_fake
+@_fake(sparse_bgemm)
 def _(V: Tensor, weight: Tensor, rows: Tensor, row_offset: Tensor, column_offset: Tensor) -> Tensor:
     return V.new_empty((rows.shape[0], V.shape[1]))
 
 
 def apply_activation(y: Tensor, activation: str, slope: Tensor | None) -> Tensor:
-    """The epilogue's activation; "prelu" multiplies negative values by ``slope`` ([1] or [n])."""
+    """The epilogue's activation; "prelu" multiplies negative values by ``slope``, [1] or [size of dim 1]."""
     if activation == "relu":
         return F.relu(y)
     if activation == "relu6":
         return F.relu6(y)
     if activation == "prelu":
         assert slope is not None
-        return torch.where(y < 0, y * slope.to(y.dtype).view(1, -1, 1, 1), y)
+        return torch.where(y < 0, y * slope.to(y.dtype).view(-1, *[1] * (y.dim() - 2)), y)
     return y
 
 
@@ -156,47 +205,55 @@ def output_transform(
     tile: int,
     activation: str,
     channels_last: bool,
+    like: Tensor | None = None,
 ) -> Tensor:
     """Y = A^T M A of every tile, pruned rows counting as zero, then + bias, + residual, activation.
 
     Args:
         M: [R, T].
-        x: the convolution's input [N, c, H, W]; only its shape, dtype and memory format are read.
+        x: the convolution's input; only its shape, dtype and memory format are read.
         rows, row_offset: see the module's docstring.
         bias: [n].
         residual: None, or a tensor that is added before the activation.
         slope: None, or the negative slope of "prelu", [1] or [n].
         padding, tile: as in :func:`input_transform`.
         activation: one of :data:`ACTIVATIONS`.
-        channels_last: the convolution's weight was channels_last, so the output is too.
+        channels_last: the output is channels_last whatever the input is: the convolution's weight was, or
+            only lowered layers read the output.
+        like: None, or a tensor whose memory format the output takes instead of x's.
 
     Returns:
-        [N, n, H_out, W_out] of x's dtype.
+        [N, n, H_out, W_out] (or [n, H_out, W_out]) of x's dtype.
     """
     winograd = transform(tile)
-    n, p, T = bias.shape[0], winograd.input_side, M.shape[1]
-    tiles = tile_grid(x.shape[2], x.shape[3], (padding[0], padding[1]), tile)
-    size = [output_size(x.shape[2 + i], padding[i]) for i in (0, 1)]
+    n, p, T, batch = bias.shape[0], winograd.input_side, M.shape[1], _images(x).shape[0]
+    size, tiles = _output_size(x, padding), _tile_grid(x, padding, tile)
     full = M.new_zeros((p * p, n, T))
     position = torch.repeat_interleave(row_offset.diff().long())
     full[position, rows.long()] = M
     AT = winograd.tensor("AT", M.dtype, M.device)
-    full = full.view(p, p, n, x.shape[0], tiles[0], tiles[1])
-    y = torch.einsum("ai,ijfnhw,bj->nfhawb", AT, full, AT)
-    y = y.reshape(x.shape[0], n, tiles[0] * tile, tiles[1] * tile)[:, :, : size[0], : size[1]]
-    y = y + bias.to(y.dtype).view(1, -1, 1, 1)
+    y = torch.einsum("ai,ijfnhw,bj->nfhawb", AT, full.view(p, p, n, batch, tiles[0], tiles[1]), AT)
+    y = y.reshape(batch, n, tiles[0] * tile, tiles[1] * tile)[:, :, : size[0], : size[1]]
+    y = y + bias.to(y.dtype).view(-1, 1, 1)
+    y = y if x.dim() == 4 else y.squeeze(0)
     if residual is not None:
         y = y + residual
-    last = channels_last or suggest_channels_last(x)
     y = apply_activation(y, activation, slope).to(_output_dtype(x, residual))
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    # contiguous() leaves a tensor with one channel as it is: both formats, but not the strides of either
+    last = _output_format(x if like is None else like, y, channels_last)
+    return torch.empty_like(y, memory_format=last).copy_(y)
 
 
 def _output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.dtype if residual is None else torch.result_type(x, residual)
 
 
-@output_transform.register_fake
+def _output_format(x: Tensor, y: Tensor, channels_last: bool) -> torch.memory_format:
+    last = y.dim() == 4 and (channels_last or suggest_channels_last(x))
+    return torch.channels_last if last else torch.contiguous_format
+
+
+@_fake(output_transform)
 def _(
     M: Tensor,
     x: Tensor,
@@ -209,14 +266,12 @@ def _(
     tile: int,
     activation: str,
     channels_last: bool,
+    like: Tensor | None = None,
 ) -> Tensor:
-    size = [output_size(x.shape[2 + i], padding[i]) for i in (0, 1)]
-    shape = torch.Size((x.shape[0], bias.shape[0], size[0], size[1]))
+    y = x.new_empty((*x.shape[:-3], bias.shape[0], *_output_size(_images(x), padding)))
     if residual is not None:
-        shape = torch.broadcast_shapes(shape, residual.shape)
-    last = channels_last or suggest_channels_last(x)
-    y = x.new_empty(shape, dtype=_output_dtype(x, residual))
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        y = y + residual
+    return torch.empty_like(y, memory_format=_output_format(x if like is None else like, y, channels_last))
 
 
 @torch.library.custom_op("wsp::winograd_conv2d", mutates_args=())
@@ -234,16 +289,17 @@ def winograd_conv2d(
     tile: int,
     activation: str,
     channels_last: bool,
+    like: Tensor | None = None,
 ) -> Tensor:
     """The three stages as one operator; arguments as in the separate ones."""
     V = input_transform(x, columns, column_offset, padding, tile)
     M = sparse_bgemm(V, weight, rows, row_offset, column_offset)
     return output_transform(
-        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last
+        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last, like
     )
 
 
-@winograd_conv2d.register_fake
+@_fake(winograd_conv2d)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -258,8 +314,9 @@ def _(
     tile: int,
     activation: str,
     channels_last: bool,
+    like: Tensor | None = None,
 ) -> Tensor:
-    M = x.new_empty((0, 0))
-    return torch.ops.wsp.output_transform(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last
+    M = x.new_empty((rows.shape[0], 0))
+    return output_transform(
+        M, x, rows, row_offset, bias, residual, slope, padding, tile, activation, channels_last, like
     )

@@ -29,8 +29,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any], *, where: str =
 
 
 def _check_pruning_ratio(pr: Any, *, where: str = "compile") -> None:
-    is_number = isinstance(pr, numbers.Real) and not isinstance(pr, bool)
-    if not is_number or math.isnan(pr) or not 0 <= pr < 1:
+    is_number = isinstance(pr, numbers.Real) and not isinstance(cast("object", pr), bool)
+    if not is_number or math.isnan(pr) or not 0 <= float(pr) < 1:
         raise OptionError(
             f"pruning ratio pr={pr!r} is not a number in [0, 1)",
             where=where,
@@ -67,7 +67,7 @@ class PruneRule:
             raise RuleError(
                 f"not a regular expression ({error})",
                 where=where,
-                fix="give a string for re.fullmatch; escape special characters, for example r'layer1\\.0\\.conv1'",
+                fix="give a string for re.fullmatch, for example r'layer1\\.0\\.conv1'",
             ) from error
         if not isinstance(cast("object", self.skip), bool):
             raise OptionError(f"skip={self.skip!r} is not True or False", where=where, fix="use skip=True")
@@ -120,7 +120,7 @@ class CompileOptions:
         _check_choice("importance", self.importance, IMPORTANCES)
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
-        threshold: object = self.channel_threshold
+        threshold = cast("object", self.channel_threshold)
         if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
             raise OptionError(
                 f"channel_threshold={threshold!r} is not a whole number of channels",

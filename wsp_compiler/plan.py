@@ -68,7 +68,8 @@ class SitePlan:
             or self.keep.dim() != 3
             or any(k not in (1, size) for k, size in sizes)
         ):
-            return f"keep is {self.keep.dtype} {list(self.keep.shape)}, not bool and broadcastable to {list(self.shape)}"
+            found = f"{self.keep.dtype} {list(self.keep.shape)}"
+            return f"keep is {found}, not bool and broadcastable to {list(self.shape)}"
         if 1 not in self.keep.shape[1:]:
             return f"keep {list(self.keep.shape)} has neither whole rows nor whole columns"
         return None if bool(self.keep.any()) else "it keeps nothing"
@@ -103,7 +104,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class PruningPlan(Mapping[str, SitePlan]):
-    """Module path -> :class:`SitePlan`, in model order; ``left_alone`` says why the others stay as they are."""
+    """Module path -> :class:`SitePlan`, in model order; ``left_alone`` says why others are not planned."""
 
     sites: dict[str, SitePlan] = field(default_factory=dict[str, SitePlan])
     left_alone: dict[str, str] = field(default_factory=dict[str, str])
@@ -153,7 +154,7 @@ class PruningPlan(Mapping[str, SitePlan]):
         return plan
 
     def check_fits(self, convolutions: Mapping[str, nn.Conv2d]) -> None:
-        """Raise :class:`PlanError` unless every planned site exists, with the planned shape, and is eligible."""
+        """Raise :class:`PlanError` unless every planned site exists, has that shape and is eligible."""
         for path, site in self.sites.items():
             conv = convolutions.get(path)
             if conv is None:
@@ -173,7 +174,7 @@ class PruningPlan(Mapping[str, SitePlan]):
 
 
 def _site_to_json(site: SitePlan) -> dict[str, Any]:
-    bits = np.packbits(site.keep.cpu().numpy().reshape(-1))
+    bits = np.packbits(site.keep.cpu().flatten().numpy())
     return {
         "path": site.path,
         "method": site.method,
@@ -193,8 +194,7 @@ def _site_from_json(entry: dict[str, Any]) -> SitePlan:
     count = math.prod(keep_shape)
     if min(keep_shape) < 1 or len(bits) != -(-count // 8):
         raise ValueError(f"{entry['path']}: {len(bits)} bytes of keep for {list(keep_shape)} bits")
-    flat = np.unpackbits(bits, count=count).astype(bool)
-    keep = torch.from_numpy(flat.reshape(keep_shape).copy())
+    keep = torch.as_tensor(np.unpackbits(bits, count=count).astype(bool)).view(keep_shape)
     return SitePlan(
         str(entry["path"]), str(entry["method"]), str(entry["direction"]), int(entry["tile"]),
         float(entry["pr"]), keep, (p2, n, c),

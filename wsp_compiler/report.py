@@ -9,13 +9,27 @@ from wsp_compiler.plan import PruningPlan
 from wsp_compiler.sites import ConvSite
 from wsp_compiler.winograd import count_multiplies
 
-HEADER = ("path", "shape n x c @ H x W", "decision", "pattern", "tile", "kept", "direct", "Winograd", "now", "why")
+HEADER = (
+    "path",
+    "shape n x c @ H x W",
+    "decision",
+    "pattern",
+    "tile",
+    "kept",
+    "direct",
+    "Winograd",
+    "now",
+    "why",
+)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns separated by two spaces."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    ]
     return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0].rstrip()), *lines[1:]])
 
 
@@ -32,6 +46,7 @@ def site_rows(sites: Sequence[ConvSite], plan: PruningPlan) -> list[tuple[str, .
     for site in sites:
         known = site.input_shapes[0] if site.input_shapes else None
         shape = f"{site.filters}x{site.channels} @ " + (f"{known[-2]}x{known[-1]}" if known else "?")
+        shape = shape if site.filters else "-"  # a functional convolution
         if site.path not in plan:
             why = plan.left_alone.get(site.path, site.reject or "")
             rows.append((site.path, shape, "left alone", "-", "-", "-", "-", "-", "-", why))
@@ -46,7 +61,9 @@ def site_rows(sites: Sequence[ConvSite], plan: PruningPlan) -> list[tuple[str, .
         counts = tuple(_count(value) if known else "?" for value in (direct, winograd, kept))
         decision = "Winograd" if entry.method == "dense" else "pruned"
         tile = f"F({entry.tile}x{entry.tile})"
-        rows.append((site.path, shape, decision, entry.pattern, tile, f"{entry.kept_fraction:.4f}", *counts, ""))
+        rows.append(
+            (site.path, shape, decision, entry.pattern, tile, f"{entry.kept_fraction:.4f}", *counts, "")
+        )
     return rows
 
 

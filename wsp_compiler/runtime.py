@@ -103,7 +103,7 @@ def emit(
     for node in list(graph.nodes):
         if is_op(node, WINOGRAD_CONV2D):
             given = arguments(node)
-            call(node, _layer(gm, node, target, precision, dtypes), (given["x"], given["residual"]))
+            call(node, _layer(gm, node, target, precision, dtypes), (given["x"], given["residual"], given.get("like")))
         elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
             V = arguments(M)["V"]
             if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:

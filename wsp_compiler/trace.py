@@ -224,7 +224,7 @@ def _copies(value: Any) -> Any:
     return pytree.tree_map(copied, value)
 
 
-def _run_apart(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_apart(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call that leaves its inputs and the random number generators as they were."""
     devices = {leaf.device.index for leaf in _tensors((args, kwargs)) if leaf.is_cuda}
     fork = cast("Any", torch.random).fork_rng
@@ -273,7 +273,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             called.add(path)
-            wanted = _run_apart(original, args, kwargs) if path else expected
+            wanted = run_apart(original, args, kwargs) if path else expected
             try:
                 actual = recorder.run(*unit.call.bind(args, kwargs))
             except Exception as error:  # the graph may fail in any way where the module does not
@@ -290,7 +290,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
     for unit in [module for module in runner.modules() if isinstance(module, TracedUnit)]:
         unit.__dict__["forward"] = watch(unit, paths[id(unit.graph_module)])
     try:
-        actual = _run_apart(runner, *example)
+        actual = run_apart(runner, *example)
     except Exception as error:
         if wrong:
             return wrong
@@ -308,7 +308,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
 
 def _run_example(model: nn.Module, example: Call) -> Any:
     try:
-        return _run_apart(model, *example)
+        return run_apart(model, *example)
     except Exception as error:
         raise InputError(
             f"the model itself fails on them: {type(error).__name__}: {error}",

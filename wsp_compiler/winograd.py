@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import wincnn
@@ -33,7 +33,7 @@ Matrix = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class WinogradTransform:
-    """The three matrices of F(m x m, 3x3) as nested tuples of floats (exact in float64)."""
+    """The three matrices of F(m x m, 3x3) as nested tuples of floats (thirds are rounded)."""
 
     tile: int
     BT: Matrix  # [p, p]
@@ -67,7 +67,7 @@ def _nested(matrix: Any) -> Matrix:
 @functools.cache
 def transform(tile: int) -> WinogradTransform:
     """The transform F(tile x tile, 3x3), tile 2 or 4."""
-    AT, G, BT, _ = wincnn.cookToomFilter(INTERPOLATION_POINTS[tile], tile, FILTER_SIDE)
+    AT, G, BT, _ = cast("Any", wincnn).cookToomFilter(INTERPOLATION_POINTS[tile], tile, FILTER_SIDE)
     return WinogradTransform(tile=tile, BT=_nested(BT), G=_nested(G), AT=_nested(AT))
 
 

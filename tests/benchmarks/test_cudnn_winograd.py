@@ -25,10 +25,10 @@ def test_a_missing_library_says_where_it_was_looked_for(monkeypatch: pytest.Monk
 
 def test_a_refusal_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
-        def cudnnGetErrorString(self, status: int) -> bytes:  # noqa: N802
+        def cudnnGetErrorString(self, status: int) -> bytes:
             return b"CUDNN_STATUS_NOT_SUPPORTED"
 
-        def cudnnGetVersion(self) -> int:  # noqa: N802
+        def cudnnGetVersion(self) -> int:
             return 91900
 
     monkeypatch.setattr(cudnn_winograd, "library", Library)

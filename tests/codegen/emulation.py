@@ -120,10 +120,14 @@ def cuda_text(kind: str, spec: KernelSpec, config: CudaConfig | None, lanes: int
     return lower(function, kind, TARGET).cuda_text
 
 
-def _run(text: str, kind: str, values: dict[str, Any], grid: tuple[int, ...], threads: int, order: str) -> None:
+def _run(
+    text: str, kind: str, values: dict[str, Any], grid: tuple[int, ...], threads: int, order: str
+) -> None:
     kernel = emulate(text, f"{kind}_kernel", order=order)  # type: ignore[arg-type]
     values = {**values, "blocks": grid[0]}
-    kernel(*[values[name] for name in kernel.args], grid=(*grid, *(1,) * (3 - len(grid))), block=(threads, 1, 1))
+    kernel(
+        *[values[name] for name in kernel.args], grid=(*grid, *(1,) * (3 - len(grid))), block=(threads, 1, 1)
+    )
 
 
 def _strides(prefix: str, tensor: Tensor) -> dict[str, int]:
@@ -143,7 +147,9 @@ def emulate_layer(
     total = case.x.shape[0] * spec.tiles_per_image
     count = -(-total // 32) * 32
     storage = TORCH_STORAGE[OPERAND_STORAGE[spec.precision]]
-    V = torch.full((count * int(w.depth_base[-1]),), 0x7FFF if storage == torch.uint16 else float("nan"), dtype=storage)
+    V = torch.full(
+        (count * int(w.depth_base[-1]),), 0x7FFF if storage == torch.uint16 else float("nan"), dtype=storage
+    )
     M = torch.full((count * int(w.m_base[-1]),), float("nan"))
     layout = torch.channels_last if spec.output_channels_last else torch.contiguous_format
     y = torch.full((case.x.shape[0], spec.filters, *spec.output_size), float("nan"), dtype=case.x.dtype)

@@ -6,6 +6,7 @@ is needed. CUDA text is compiled by :mod:`wsp_compiler.codegen.cuda_compiler`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -62,14 +63,14 @@ class Lowered:
 
 def lower(function: Any, name: str, target: CodeTarget) -> Lowered:
     """Run TVM's TIRx pipeline and code generators on one PrimFunc."""
-    from tvm.tirx.build import split_host_device_mods
-
+    # `tvm.tirx.build` names a function that hides its module.
+    split: Any = importlib.import_module("tvm.tirx.build").split_host_device_mods
     tvm_kind = tvm_target(target)
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
     module = tvm.tirx.transform.BindTarget(tvm_kind.with_host(tvm_kind.host or tvm_kind))(module)
     pipeline, finish_host, finish_device = tvm.tirx.get_tir_pipeline("tirx")
     with tvm_kind:
-        host, devices = split_host_device_mods(pipeline(module))
+        host, devices = split(pipeline(module))
         host = finish_host()(host)
         text, launch = "", ""
         for device_target, device_module in devices.items():

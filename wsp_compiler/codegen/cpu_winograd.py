@@ -52,9 +52,9 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
         yn: T.int64, yc: T.int64, yh: T.int64, yw: T.int64,
         images: T.int32, slice_rows: T.int32, workers: T.int32,
     ):  # fmt: skip
-        x_size = T.int64(); r_size = T.int64(); y_size = T.int64(); u_size = T.int64()  # noqa: E702
-        blocks = T.int32(); column_count = T.int32(); parts = T.int32(); helpers = T.int32()  # noqa: E702
-        v_size = T.int64(); m_size = T.int64(); s_size = T.int64(); f_size = T.int64()  # noqa: E702
+        x_size = T.int64(); r_size = T.int64(); y_size = T.int64(); u_size = T.int64()
+        blocks = T.int32(); column_count = T.int32(); parts = T.int32(); helpers = T.int32()
+        v_size = T.int64(); m_size = T.int64(); s_size = T.int64(); f_size = T.int64()
         X = T.match_buffer(x, (x_size,), store_io, align=2)
         R = T.match_buffer(r, (r_size,), store_io, align=2)
         Y = T.match_buffer(y, (y_size,), store_io, align=2)

@@ -6,6 +6,7 @@ off: denormals, NaN and Inf behave as in PyTorch.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -46,7 +47,10 @@ def include_directory() -> pathlib.Path | None:
     candidates: list[pathlib.Path] = []
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec else ():
-        candidates += [pathlib.Path(root) / "cu13" / "include", pathlib.Path(root) / "cuda_runtime" / "include"]
+        candidates += [
+            pathlib.Path(root) / "cu13" / "include",
+            pathlib.Path(root) / "cuda_runtime" / "include",
+        ]
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         if os.environ.get(variable):
             candidates.append(pathlib.Path(os.environ[variable]) / "include")
@@ -63,7 +67,9 @@ def choose_compiler() -> str:
     wanted = os.environ.get("WSP_CUDA_COMPILER", "")
     if wanted not in ("", "nvrtc", "nvcc"):
         raise BuildError(
-            f"unknown compiler {wanted!r}", where="WSP_CUDA_COMPILER", fix="set it to nvrtc or nvcc, or unset it"
+            f"unknown compiler {wanted!r}",
+            where="WSP_CUDA_COMPILER",
+            fix="set it to nvrtc or nvcc, or unset it",
         )
     has_nvrtc = importlib.util.find_spec("cuda") is not None and (
         importlib.util.find_spec("cuda.bindings") is not None and include_directory() is not None
@@ -92,12 +98,11 @@ def compile_cuda(text: str, arch: str, compiler: str | None = None) -> bytes:
 
 def _nvrtc(text: str, arch: str) -> bytes:
     try:
-        from cuda.bindings import nvrtc
+        api: Any = importlib.import_module("cuda.bindings.nvrtc")
     except ImportError as error:
         raise BuildError(
             f"nvrtc cannot be loaded ({error})", where="nvrtc", fix="pip install 'cuda-bindings>=13,<14'"
         ) from error
-    api: Any = nvrtc
     include = include_directory()
     text = "\n".join(line for line in text.splitlines() if line.strip() != "#include <cuda.h>")
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device", f"-I{include}"]

@@ -16,7 +16,12 @@ THREADS, BLOCK_TILES, BLOCK_DEPTH = 256, 128, 16
 
 def make_gemm_ffma(spec: KernelSpec, config: CudaConfig) -> Any:
     """The PrimFunc; kernel arguments as in :func:`wsp_compiler.codegen.cuda_gemm_mma.make_gemm_mma`."""
-    P, last, by_column, depth_all = spec.winograd.positions, spec.output_channels_last, spec.columns_pruned, spec.slot_channels
+    P, last, by_column, depth_all = (
+        spec.winograd.positions,
+        spec.output_channels_last,
+        spec.columns_pruned,
+        spec.slot_channels,
+    )
     BM, BN, BK = BLOCK_TILES, config.block_filters, BLOCK_DEPTH
     TN, SA, SB = BN // 16, BLOCK_TILES + 4, config.block_filters + 4
     loads_v, loads_u = BM * BK // 4 // THREADS, -(-BN * BK // 4 // THREADS)
@@ -27,7 +32,9 @@ def make_gemm_ffma(spec: KernelSpec, config: CudaConfig) -> Any:
         v: T.handle, u: T.handle, row_offset: T.handle, m_base: T.handle, depth_base: T.handle, u_start: T.handle,
         mm: T.handle, max_rows: T.int32, tiles: T.int32,
     ):  # fmt: skip
-        v_size = T.int32(); u_size = T.int32(); m_size = T.int32()  # noqa: E702
+        v_size = T.int32()
+        u_size = T.int32()
+        m_size = T.int32()
         V = T.match_buffer(v, (v_size,), "float32", align=16)
         U = T.match_buffer(u, (u_size,), "float32", align=16)
         RO = T.match_buffer(row_offset, (P + 1,), "int32", align=4)

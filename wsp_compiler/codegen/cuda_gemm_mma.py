@@ -29,7 +29,13 @@ def make_gemm_mma(spec: KernelSpec, config: CudaConfig) -> Any:
     """
     P, last, storage = spec.winograd.positions, spec.output_channels_last, OPERAND_STORAGE[spec.precision]
     E, by_column, depth_all = spec.depth_alignment, spec.columns_pruned, spec.slot_channels
-    BM, BN, CH, STAGES, NT = config.block_tiles, config.block_filters, config.chunks, config.stages, config.threads
+    BM, BN, CH, STAGES, NT = (
+        config.block_tiles,
+        config.block_filters,
+        config.chunks,
+        config.stages,
+        config.threads,
+    )
     WM, WN = BM // config.warps_tiles, BN // config.warps_filters
     MI, NI, NWN, BK = WM // 16, WN // 8, config.warps_filters, CH * E
     shift = 1 if CH == 4 else 0  # swizzle: chunk ^ (row >> shift): conflict-free for 64- and 128-byte rows
@@ -44,7 +50,9 @@ def make_gemm_mma(spec: KernelSpec, config: CudaConfig) -> Any:
         v: T.handle, u: T.handle, row_offset: T.handle, m_base: T.handle, depth_base: T.handle, u_start: T.handle,
         mm: T.handle, max_rows: T.int32, tiles: T.int32,
     ):  # fmt: skip
-        v_size = T.int32(); u_size = T.int32(); m_size = T.int32()  # noqa: E702
+        v_size = T.int32()
+        u_size = T.int32()
+        m_size = T.int32()
         V = T.match_buffer(v, (v_size,), storage, align=16)
         U = T.match_buffer(u, (u_size,), storage, align=16)
         RO = T.match_buffer(row_offset, (P + 1,), "int32", align=4)

@@ -31,7 +31,6 @@ def input_blocks(spec: KernelSpec, lanes: int, count: int) -> int:
     return -(-count // BLOCK_TILES)
 
 
-
 def to_operand(value: Any, precision: str, scale: float, lanes: int) -> Any:
     """float32 as an element of the GEMM's operand type."""
     if precision == "fp16":
@@ -58,7 +57,12 @@ def _channels_last(spec: KernelSpec, lanes: int) -> Any:
     p, P, BT, H, W = winograd.input_side, winograd.positions, winograd.BT, spec.height, spec.width
     (pad_h, pad_w), (TH, TW), precision, scale = spec.padding, spec.tiles, spec.precision, spec.operand_scale
     wide, groups = spec.slot_channels, -(-spec.slot_channels // lanes)
-    store_x, store_v, io, by_column = STORAGE[spec.dtype], OPERAND_STORAGE[precision], spec.dtype, spec.columns_pruned
+    store_x, store_v, io, by_column = (
+        STORAGE[spec.dtype],
+        OPERAND_STORAGE[precision],
+        spec.dtype,
+        spec.columns_pruned,
+    )
     vec = vector("float32", lanes)
 
     @T.prim_func
@@ -66,7 +70,8 @@ def _channels_last(spec: KernelSpec, lanes: int) -> Any:
         x: T.handle, v: T.handle, slot: T.handle, base: T.handle,
         xn: T.int32, xc: T.int32, xh: T.int32, xw: T.int32, first: T.int32, count: T.int32, total: T.int32, blocks: T.int32,
     ):  # fmt: skip
-        x_size = T.int32(); v_size = T.int32()  # noqa: E702
+        x_size = T.int32()
+        v_size = T.int32()
         X = T.match_buffer(x, (x_size,), store_x, align=4)
         V = T.match_buffer(v, (v_size,), store_v, align=16)
         SLOT = T.match_buffer(slot, (P * wide,), "int32", align=4)
@@ -90,13 +95,17 @@ def _channels_last(spec: KernelSpec, lanes: int) -> Any:
                     d[i * p + j] = splat(0.0, lanes)
                     inside = T.And(T.And(top + i >= 0, top + i < H), T.And(left + j >= 0, left + j < W))
                     if T.And(T.And(inside, channel < c), first + tile < total):
-                        d[i * p + j] = to_float(X.vload([corner + i * xh + j * xw], dtype=vector(store_x, lanes)), io, lanes)
+                        d[i * p + j] = to_float(
+                            X.vload([corner + i * xh + j * xw], dtype=vector(store_x, lanes)), io, lanes
+                        )
             emit_transform(BT, d, t, o, lanes)
             for k in T.unroll(P):
                 if by_column:
                     target: T.let[T.int32] = SLOT[k * wide + channel]
                     if target >= 0:
-                        V[BASE[k] * count + tile * (BASE[k + 1] - BASE[k]) + target] = to_operand(o[k], precision, scale, 1)
+                        V[BASE[k] * count + tile * (BASE[k + 1] - BASE[k]) + target] = to_operand(
+                            o[k], precision, scale, 1
+                        )
                 else:
                     V.vstore([(k * count + tile) * wide + channel], to_operand(o[k], precision, scale, lanes))
 
@@ -118,7 +127,8 @@ def _transposing(spec: KernelSpec) -> Any:
         x: T.handle, v: T.handle, slot: T.handle, base: T.handle,
         xn: T.int32, xc: T.int32, xh: T.int32, xw: T.int32, first: T.int32, count: T.int32, total: T.int32, blocks: T.int32,
     ):  # fmt: skip
-        x_size = T.int32(); v_size = T.int32()  # noqa: E702
+        x_size = T.int32()
+        v_size = T.int32()
         X = T.match_buffer(x, (x_size,), store_x, align=2)
         V = T.match_buffer(v, (v_size,), store_v, align=16)
         SLOT = T.match_buffer(slot, (P * wide,), "int32", align=4)
@@ -142,7 +152,9 @@ def _transposing(spec: KernelSpec) -> Any:
                     d[i * p + j] = T.float32(0)
                     inside = T.And(T.And(top + i >= 0, top + i < H), T.And(left + j >= 0, left + j < W))
                     if T.And(T.And(inside, channel < c), tile < total):
-                        d[i * p + j] = to_float(X[image * xn + channel * xc + (top + i) * xh + (left + j) * xw], io)
+                        d[i * p + j] = to_float(
+                            X[image * xn + channel * xc + (top + i) * xh + (left + j) * xw], io
+                        )
             emit_transform(BT, d, t, o)
             for k in T.unroll(P):
                 S[(k * TILES + tx % TILES) * ROW + own] = to_operand(o[k], precision, scale, 1)
@@ -156,8 +168,12 @@ def _transposing(spec: KernelSpec) -> Any:
                 if by_column:
                     target: T.let[T.int32] = SLOT[k * wide + channel_out]
                     if target >= 0:
-                        V[BASE[k] * count + (bx * TILES + row) * (BASE[k + 1] - BASE[k]) + target] = S[(k * TILES + row) * ROW + item % CH]
+                        V[BASE[k] * count + (bx * TILES + row) * (BASE[k + 1] - BASE[k]) + target] = S[
+                            (k * TILES + row) * ROW + item % CH
+                        ]
                 else:
-                    V[(k * count + bx * TILES + row) * wide + channel_out] = S[(k * TILES + row) * ROW + item % CH]
+                    V[(k * count + bx * TILES + row) * wide + channel_out] = S[
+                        (k * TILES + row) * ROW + item % CH
+                    ]
 
     return input_transform

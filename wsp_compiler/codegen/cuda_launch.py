@@ -113,9 +113,13 @@ class CudaLayer:
 
     def _gemm(self, V: Tensor, M: Tensor, count: int) -> None:
         w = self.weights
-        self.kernels[1].function(V, w.U, w.row_offset, w.m_base, w.depth_base, w.u_start, M, w.max_rows, count)
+        self.kernels[1].function(
+            V, w.U, w.row_offset, w.m_base, w.depth_base, w.u_start, M, w.max_rows, count
+        )
 
-    def _output(self, M: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, first: int, count: int) -> None:
+    def _output(
+        self, M: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, first: int, count: int
+    ) -> None:
         w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
         r = y if residual is None else residual
         self.kernels[2].function(
@@ -140,10 +144,24 @@ class CudaLayer:
     def _images_per_call(self, x: Tensor, y: Tensor) -> int:
         """Images whose elements 32-bit indices reach, at least one."""
         per_image = max(
-            [1, *((1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))) for t in (x, y))]
+            [
+                1,
+                *(
+                    (
+                        1
+                        + sum(
+                            (size - 1) * stride
+                            for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)
+                        )
+                    )
+                    for t in (x, y)
+                ),
+            ]
         )
         strides = max(x.stride(0), y.stride(0), per_image)
-        return max(1, INDEX_LIMIT // strides - 1) if x.shape[0] * strides > INDEX_LIMIT else max(1, x.shape[0])
+        return (
+            max(1, INDEX_LIMIT // strides - 1) if x.shape[0] * strides > INDEX_LIMIT else max(1, x.shape[0])
+        )
 
     def _run_images(self, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
         total = x.shape[0] * self.spec.tiles_per_image

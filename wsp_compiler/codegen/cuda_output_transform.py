@@ -20,7 +20,6 @@ def output_blocks(spec: KernelSpec, count: int) -> int:
     return -(-count * (spec.filters if spec.output_channels_last else 1) // THREADS)
 
 
-
 def make_output_transform(spec: KernelSpec) -> Any:
     """The PrimFunc: one thread per (tile, filter).
 
@@ -40,7 +39,9 @@ def make_output_transform(spec: KernelSpec) -> Any:
         rn: T.int32, rc: T.int32, rh: T.int32, rw: T.int32, yn: T.int32, yc: T.int32, yh: T.int32, yw: T.int32,
         factor: T.float32, first: T.int32, count: T.int32, total: T.int32, blocks: T.int32,
     ):  # fmt: skip
-        m_size = T.int32(); r_size = T.int32(); y_size = T.int32()  # noqa: E702
+        m_size = T.int32()
+        r_size = T.int32()
+        y_size = T.int32()
         M = T.match_buffer(mm, (m_size,), "float32", align=16)
         SLOT = T.match_buffer(slot, (P * n,), "int32", align=4)
         BASE = T.match_buffer(base, (P + 1,), "int32", align=4)
@@ -75,7 +76,11 @@ def make_output_transform(spec: KernelSpec) -> Any:
                     if T.And(top + i < HO, left + j < WO):
                         o[i * m + j] = o[i * m + j] + BIAS[f]
                         if residual:
-                            o[i * m + j] = o[i * m + j] + to_float(R[image * rn + f * rc + (top + i) * rh + (left + j) * rw], io)
-                        Y[image * yn + f * yc + (top + i) * yh + (left + j) * yw] = from_float(activate(o[i * m + j], activation, SLOPE[f]), io)
+                            o[i * m + j] = o[i * m + j] + to_float(
+                                R[image * rn + f * rc + (top + i) * rh + (left + j) * rw], io
+                            )
+                        Y[image * yn + f * yc + (top + i) * yh + (left + j) * yw] = from_float(
+                            activate(o[i * m + j], activation, SLOPE[f]), io
+                        )
 
     return output_transform

@@ -96,7 +96,9 @@ class WinogradLayer(nn.Module):
     def _where(self) -> str:
         return f"convolution {self.path}" if self.path else "the convolution"
 
-    def _prepare(self, x: Tensor, residual: bool, plain: bool = False) -> tuple[Tensor, CpuLayer | CudaLayer]:
+    def _prepare(
+        self, x: Tensor, residual: bool, plain: bool = False, like: Tensor | None = None
+    ) -> tuple[Tensor, CpuLayer | CudaLayer]:
         """The input as the kernels take it, and the kernels for it; ``plain`` leaves out the epilogue."""
         if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
@@ -130,7 +132,7 @@ class WinogradLayer(nn.Module):
             x.shape[2],
             x.shape[3],
             x.stride(1) == 1,
-            self.channels_last or suggest_channels_last(x),
+            self.channels_last or suggest_channels_last(x if like is None else like),
             residual,
             "none" if plain else self.activation,
             effective_precision(self.precision, x.dtype, self.target),
@@ -178,15 +180,18 @@ class WinogradLayer(nn.Module):
         kind = CudaLayer if self.target.is_cuda else CpuLayer
         return kind(spec, self.site, self.slope, self.target)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution with its epilogue: [N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, like: Tensor | None = None) -> Tensor:
+        """The convolution with its epilogue: [N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out].
+
+        The output has the memory format of ``like``, by default of x.
+        """
         if isinstance(x, Tensor) and x.dim() == 3:  # pyright: ignore[reportUnnecessaryIsInstance]
             residual = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), residual).squeeze(0)
-        x, layer = self._prepare(x, residual is not None)
+        x, layer = self._prepare(x, residual is not None, like=like)
         if residual is None or _fits(residual, x, layer.spec):
             return layer.run(x, residual)
-        x, layer = self._prepare(x, False, plain=True)
+        x, layer = self._prepare(x, False, plain=True, like=like)
         return self._add(layer.run(x, None), residual)
 
     def _add(self, y: Tensor, residual: Tensor) -> Tensor:

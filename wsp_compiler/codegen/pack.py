@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.ops import WinogradSite
+
+
+def _integers(tensor: Tensor) -> list[int]:
+    return cast("Any", tensor).tolist()
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -59,7 +64,7 @@ def pack_cpu(site: WinogradSite, spec: KernelSpec, config: CpuConfig) -> CpuWeig
     """Pack a site's weights; see :class:`CpuWeights`."""
     block, positions = config.row_block, spec.winograd.positions
     n_pad = _round_up(spec.filters, config.lanes)
-    offsets: list[int] = site.row_offset.tolist()
+    offsets = _integers(site.row_offset)
     parts: list[Tensor] = []
     targets: list[Tensor] = []
     blocks, starts = [0], [0]
@@ -140,7 +145,7 @@ def _to_operand(U: Tensor, precision: str) -> Tensor:
 def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
     """Pack a site's weights; see :class:`CudaWeights`."""
     device, positions = site.weight.device, spec.winograd.positions
-    rows, columns = site.row_offset.diff().tolist(), site.column_offset.diff().tolist()
+    rows, columns = _integers(site.row_offset.diff()), _integers(site.column_offset.diff())
     depths = [_round_up(count, spec.depth_alignment) for count in columns]
     largest = float(site.weight.abs().max()) if site.weight.numel() else 0.0
     scale = fp16_weight_scale(largest) if spec.precision == "fp16" else 1.0
@@ -150,7 +155,7 @@ def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
     ]
     row_slot = torch.full((positions, spec.filters), -1, dtype=torch.int32)
     column_slot = torch.full((positions, spec.slot_channels), -1, dtype=torch.int32)
-    row_offset, column_offset = site.row_offset.tolist(), site.column_offset.tolist()
+    row_offset, column_offset = _integers(site.row_offset), _integers(site.column_offset)
     for k in range(positions):
         kept = site.rows[row_offset[k] : row_offset[k + 1]].cpu().long()
         row_slot[k, kept] = torch.arange(rows[k], dtype=torch.int32)

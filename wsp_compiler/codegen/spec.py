@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from wsp_compiler.errors import OptionError
 from wsp_compiler.winograd import WinogradTransform, output_size, tile_grid, transform
 
-
 OPERAND_STORAGE = {"fp16": "float16", "bf16": "uint16", "tf32": "float32", "fp32": "float32"}
 """Element type of U and V on CUDA for each precision; bfloat16 travels as its bits."""
 

@@ -6,6 +6,7 @@ a frozen importer; answering those frames at once takes ``import tvm`` from many
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from types import ModuleType
@@ -22,7 +23,7 @@ def _getmodule(object: Any, _filename: str | None = None) -> ModuleType | None:
 
 inspect.getmodule = _getmodule
 os.environ.setdefault("TVM_LOG_DEBUG", "")
-import tvm  # noqa: E402
-from tvm.script import tirx as T  # noqa: E402
+tvm: Any = importlib.import_module("tvm")
+T: Any = importlib.import_module("tvm.script.tirx")
 
 __all__ = ["T", "tvm"]

@@ -1,11 +1,12 @@
 """The compiler passes, in order. This file is the whole lowering on one screen.
 
-    pipeline.before("lower_winograd", MyPass())     a pass of your own
-    pipeline.without("fuse_epilogue")               one pass less
+pipeline.before("lower_winograd", MyPass())     a pass of your own
+pipeline.without("fuse_epilogue")               one pass less
 """
 
 from __future__ import annotations
 
+from wsp_compiler.passes.assign_layout import AssignLayout
 from wsp_compiler.passes.base import Pass, PassBase, PassRecord, Rewrites
 from wsp_compiler.passes.choose_keep import ChooseKeep
 from wsp_compiler.passes.fold_batch_norm import FoldBatchNorm
@@ -23,10 +24,12 @@ pipeline = Pipeline(
         FoldConvBatchNorm(),  # the same for convolutions left to the vendor's library
         FuseEpilogue(),  # residual add and activation -> output_transform
         MergeStages(),  # the three stages -> one winograd_conv2d
+        AssignLayout(),  # values between lowered layers stay channels_last
     )
 )
 
 __all__ = [
+    "AssignLayout",
     "ChooseKeep",
     "FoldBatchNorm",
     "FoldConvBatchNorm",

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.plan import PruningPlan
+from wsp_compiler.trace import has_hooks
 
 WSP_OPS = (
     torch.ops.wsp.input_transform.default,
@@ -71,7 +72,7 @@ class PassBase:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One executed pass: its rewrites, seconds, and the unit of the model it ran on ("" is the whole model)."""
+    """One executed pass: its rewrites, seconds, and the unit of the model ("" is the whole) it ran on."""
 
     name: str
     unit: str
@@ -84,6 +85,18 @@ def called_module(gm: fx.GraphModule, node: object) -> nn.Module | None:
     if isinstance(node, fx.Node) and node.op == "call_module":
         return gm.get_submodule(str(node.target))
     return None
+
+
+def altered(module: nn.Module) -> str | None:
+    """Why a call of ``module`` does something else than its type says, or None."""
+    if has_hooks(module):
+        return "it has forward hooks"
+    return "its forward is replaced" if "forward" in module.__dict__ else None
+
+
+def first_input(node: fx.Node) -> object:
+    """What a call_module node passes first, by position or as ``input``."""
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def is_op(node: object, op: Callable[..., Any]) -> bool:
@@ -109,6 +122,14 @@ def site_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str, WinogradSite]:
     site = gm.get_submodule(name)
     assert isinstance(site, WinogradSite)
     return name, site
+
+
+def get_attribute(gm: fx.GraphModule, node: object) -> object:
+    """The value of a get_attr node, else None."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(gm.get_submodule(owner), name)
 
 
 def get_buffer(gm: fx.GraphModule, before: fx.Node, site: str, buffer: str) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Write each planned convolution's SitePlan (the WSP/BWSP choice) to its node and register its ``keep`` buffer.
+"""Write each planned convolution's SitePlan (the WSP/BWSP choice) to its node and register its ``keep``.
 
 rewrite:
     y = conv(x)                       ->  y = conv(x)        # node.meta["site_plan"] = plan[path]
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from wsp_compiler.clone import named_modules
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.passes.base import PassBase, Rewrites, called_module
 from wsp_compiler.plan import PruningPlan
@@ -22,9 +23,18 @@ SITE_PLAN = "site_plan"
 """Key of ``node.meta`` that holds the SitePlan of a convolution to be lowered."""
 
 
-def site_module_name(path: str) -> str:
+class WinogradSites(nn.Module):
+    """Holds the WinogradSite of every lowered convolution."""
+
+
+def site_module_name(gm: fx.GraphModule, path: str) -> str:
     """Name of the WinogradSite of the convolution at ``path`` inside its graph module."""
-    return f"winograd.{path.replace('.', '_') or 'conv'}"
+    root = "winograd"
+    while not isinstance(getattr(gm, root, WinogradSites()), WinogradSites):  # a name of the model's own
+        root += "_"
+    if not hasattr(gm, root):
+        gm.add_module(root, WinogradSites())
+    return f"{root}.{path.replace('.', '/') or 'model'}"
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class ChooseKeep(PassBase):
                 declined.append((path, plan.left_alone.get(path, "not in the plan")))
                 continue
             node.meta[SITE_PLAN] = plan[path]
-            name = site_module_name(path)
-            if not any(existing == name for existing, _ in gm.named_modules()):
+            name = site_module_name(gm, path)
+            if name not in dict(named_modules(gm)):
                 gm.add_submodule(name, WinogradSite(plan[path].keep.to(conv.weight.device)))
             count += 1
         return Rewrites(count, tuple(declined))

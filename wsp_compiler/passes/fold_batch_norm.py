@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from wsp_compiler.clone import named_modules
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.passes.base import (
     INPUT_TRANSFORM,
@@ -23,8 +25,10 @@ from wsp_compiler.passes.base import (
     SPARSE_BGEMM,
     PassBase,
     Rewrites,
+    altered,
     arguments,
     called_module,
+    first_input,
     get_buffer,
     is_op,
     set_argument,
@@ -35,20 +39,24 @@ from wsp_compiler.plan import PruningPlan
 
 def batch_norm_scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift) in float64 such that norm(y) = scale * y + shift in eval mode."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale, shift = scale * norm.weight.detach().double(), norm.bias.detach().double()
+    weight, bias = cast("Tensor | None", norm.weight), cast("Tensor | None", norm.bias)  # None if not affine
+    scale = scale if weight is None else scale * weight.detach().double()
+    shift = shift if bias is None else bias.detach().double()
     return scale, shift - norm.running_mean.double() * scale
 
 
 def declines_folding(norm: nn.BatchNorm2d, producer: fx.Node) -> str | None:
     """Why ``norm`` cannot be folded into ``producer``, or None."""
-    if norm.running_mean is None:
+    if norm.running_mean is None or norm.training:
         return "it normalises with batch statistics"
-    if norm._forward_hooks or norm._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-        return "it has forward hooks"
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{type(norm).__name__} is not a plain BatchNorm2d"
+    if (reason := altered(norm)) is not None:
+        return reason
     if len(producer.users) > 1:
         return f"{producer.name} has other users"
     return None
@@ -67,19 +75,39 @@ def _own_site(gm: fx.GraphModule, output: fx.Node) -> WinogradSite:
     name, site = site_of(gm, output)
     stages = [output, arguments(output)["M"]]
     stages.append(arguments(stages[1])["V"])
-    readers = [node for node in gm.graph.nodes if is_op(node, OUTPUT_TRANSFORM) and site_of(gm, node)[0] == name]
+    readers = [
+        node for node in gm.graph.nodes if is_op(node, OUTPUT_TRANSFORM) and site_of(gm, node)[0] == name
+    ]
     if len(readers) == 1:
         return site
-    fresh, taken = name, {existing for existing, _ in gm.named_modules()}
+    fresh, taken = name, dict(named_modules(gm))
     while fresh in taken:
         fresh += "_call"
     clone = copy.deepcopy(site)
     gm.add_submodule(fresh, clone)
     for stage in stages:
         for key, value in arguments(stage).items():
-            if isinstance(value, fx.Node) and str(value.target).startswith(f"{name}."):
-                set_argument(stage, key, get_buffer(gm, stages[2], fresh, str(value.target).rpartition(".")[2]))
+            if (
+                isinstance(value, fx.Node)
+                and value.op == "get_attr"
+                and str(value.target).startswith(f"{name}.")
+            ):
+                set_argument(
+                    stage, key, get_buffer(gm, stages[2], fresh, str(value.target).rpartition(".")[2])
+                )
     return clone
+
+
+def _declines_chain(output: fx.Node) -> str | None:
+    """Why the stages that end in ``output`` cannot take a batch norm, or None."""
+    given = arguments(output)
+    if given["activation"] != "none" or given["residual"] is not None:
+        return "an activation or residual add comes between"
+    M = given["M"]
+    connected = is_op(M, SPARSE_BGEMM) and is_op(arguments(M)["V"], INPUT_TRANSFORM)
+    if not connected or len(M.users) > 1 or len(arguments(M)["V"].users) > 1:
+        return "its stages are not directly connected"
+    return None
 
 
 @dataclass(frozen=True)
@@ -94,17 +122,12 @@ class FoldBatchNorm(PassBase):
         count = 0
         declined: list[tuple[str, str]] = []
         for node in list(gm.graph.nodes):
-            norm = called_module(gm, node)
-            if not isinstance(norm, nn.BatchNorm2d) or not is_op(node.args[0], OUTPUT_TRANSFORM):
+            norm, producer = called_module(gm, node), first_input(node)
+            if not isinstance(norm, nn.BatchNorm2d) or not isinstance(producer, fx.Node):
                 continue
-            producer = node.args[0]
-            assert is_op(arguments(producer)["M"], SPARSE_BGEMM)
-            assert is_op(arguments(arguments(producer)["M"])["V"], INPUT_TRANSFORM)
-            reason = declines_folding(norm, producer)
-            if reason is None and (
-                arguments(producer)["activation"] != "none" or arguments(producer)["residual"] is not None
-            ):
-                reason = "an activation or residual add comes between"
+            if not is_op(producer, OUTPUT_TRANSFORM):
+                continue
+            reason = declines_folding(norm, producer) or _declines_chain(producer)
             if reason is not None:
                 declined.append((str(node.target), reason))
                 continue

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,64 +23,107 @@ from wsp_compiler.passes.base import (
     OUTPUT_TRANSFORM,
     PassBase,
     Rewrites,
+    altered,
     arguments,
     called_module,
+    first_input,
+    get_attribute,
     is_op,
     set_argument,
     site_of,
 )
 from wsp_compiler.plan import PruningPlan
 
-ADDS = (operator.add, operator.iadd, torch.add)
+IADD: Any = cast("Any", operator).iadd
+ADDS: tuple[Any, ...] = (operator.add, IADD, torch.add)
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+PRELUS = (F.prelu, torch.prelu)
+LEAKY_RELUS = (F.leaky_relu, cast("Any", F).leaky_relu_)
+NUMBER_METHODS = frozenset(
+    (
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "item",
+        "tolist",
+        "stride",
+        "storage_offset",
+        "__len__",
+    )
+)
 Activation = tuple[str, Tensor | float | None]
 """(name in ops.ACTIVATIONS, slope)."""
 
 
-def _activation_of_module(module: nn.Module) -> Activation | None:
-    if type(module) is nn.ReLU:
-        return ("relu", None)
-    if type(module) is nn.ReLU6:
-        return ("relu6", None)
-    if type(module) is nn.LeakyReLU:
+def _activation_of_module(module: nn.Module) -> Activation | str | None:
+    kind = type(module)
+    if kind not in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU):
+        return None
+    if (reason := altered(module)) is not None:
+        return f"of the activation: {reason}"
+    if isinstance(module, nn.LeakyReLU):
         return ("prelu", module.negative_slope)
-    if type(module) is nn.PReLU:
+    if isinstance(module, nn.PReLU):
         return ("prelu", module.weight)
-    return None
+    return ("relu" if kind is nn.ReLU else "relu6", None)
 
 
-def _activation(gm: fx.GraphModule, node: fx.Node) -> Activation | None:
-    """The activation that ``node`` applies to its first argument, or None."""
+def _activation(gm: fx.GraphModule, node: fx.Node) -> Activation | str | None:
+    """The activation that ``node`` applies; a string says why it cannot be fused; None: it is none."""
     module = called_module(gm, node)
     if module is not None:
-        if module._forward_hooks or module._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-            return None
         return _activation_of_module(module)
-    if (node.op == "call_function" and node.target in RELUS) or (
-        node.op == "call_method" and node.target in ("relu", "relu_")
-    ):
+    if node.target in (("relu", "relu_") if node.op == "call_method" else RELUS):
         return ("relu", None)
+    second = node.args[1] if len(node.args) > 1 else None
+    if node.target in (("prelu",) if node.op == "call_method" else PRELUS):
+        weight = get_attribute(gm, node.kwargs.get("weight", second))
+        return (
+            ("prelu", weight) if isinstance(weight, Tensor) else "the slope is not a parameter of the model"
+        )
     if node.op == "call_function" and node.target is F.relu6:
         return ("relu6", None)
-    if node.op == "call_function" and node.target is F.leaky_relu:
-        slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return ("prelu", slope) if isinstance(slope, (int, float)) else None
+    if node.op == "call_function" and node.target in LEAKY_RELUS:
+        slope = node.kwargs.get("negative_slope", 0.01 if second is None else second)
+        return ("prelu", slope) if isinstance(slope, (int, float)) else "the slope is not a constant"
     return None
 
 
-def _residual(node: fx.Node, output: fx.Node) -> fx.Node | str | None:
-    """The other operand if ``node`` adds to ``output``; a string says why it cannot be fused; None: no add."""
+def _is_tensor(gm: fx.GraphModule, value: object) -> bool:
+    """True if ``value`` is known to be a tensor at run time; a number cannot be an operator's residual."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op in ("get_attr", "call_module"):  # a module may give a tuple, but nobody can add that
+        return value.op == "call_module" or isinstance(get_attribute(gm, value), Tensor)
+    if value.op == "placeholder":  # known by what else is done with it
+        return any(user.op == "call_module" or str(user.target).startswith("wsp.") for user in value.users)
+    if value.op == "call_method":
+        return value.target not in NUMBER_METHODS
+    if value.target is getattr:
+        return value.args[1] in ("T", "mT", "data", "real")
+    if value.target is operator.getitem:
+        return _is_tensor(gm, value.args[0])
+    if getattr(value.target, "__module__", None) == "_operator":
+        return any(_is_tensor(gm, operand) for operand in value.args)
+    return (
+        str(getattr(value.target, "__module__", "")).startswith("torch") and value.target is not torch.numel
+    )
+
+
+def _residual(gm: fx.GraphModule, node: fx.Node, output: fx.Node) -> fx.Node | str | None:
+    """The other operand if ``node`` adds to ``output``; a string says why it can't be fused; None: no add."""
     is_method = node.op == "call_method" and node.target in ("add", "add_")
     if not is_method and not (node.op == "call_function" and node.target in ADDS):
         return None
     if len(node.args) != 2 or node.kwargs:
-        return "the add has a scale or an out argument"
+        return "the add has keyword arguments"
     left, right = node.args
     other = right if left is output else left
-    in_place = node.target in (operator.iadd, "add_")
-    if not isinstance(other, fx.Node) or other is output:
-        return "the other operand is not a second tensor"
-    if in_place and left is not output:
+    if not isinstance(other, fx.Node) or other is output or not _is_tensor(gm, other):
+        return "the other operand is not known to be a second tensor"
+    if node.target in (IADD, "add_") and left is not output:
         return "the add writes into the other operand"
     return other
 
@@ -113,31 +156,30 @@ class FuseEpilogue(PassBase):
         for output in list(gm.graph.nodes):
             if not is_op(output, OUTPUT_TRANSFORM):
                 continue
-            for _ in ("add", "activation"):
-                fused, reason = self._fuse_user(gm, output)
-                if reason is not None:
-                    declined.append((output.name, reason))
-                if fused is None:
+            while arguments(output)["activation"] == "none":
+                fused = self._fuse_user(gm, output)
+                if isinstance(fused, str):
+                    declined.append((output.name, fused))
                     break
                 output, count = fused, count + 1
         return Rewrites(count, tuple(declined))
 
-    def _fuse_user(self, gm: fx.GraphModule, output: fx.Node) -> tuple[fx.Node | None, str | None]:
-        """Fuse the single user of ``output``; (new output, None), or (None, why not)."""
+    def _fuse_user(self, gm: fx.GraphModule, output: fx.Node) -> fx.Node | str:
+        """Fuse the single user of ``output``: the new output transform, or why not."""
         if len(output.users) != 1:
-            return None, f"{len(output.users)} users"
+            return f"{len(output.users)} users"
         user = next(iter(output.users))
         fused = arguments(output)
-        if fused["activation"] != "none":
-            return None, None
-        residual = _residual(user, output)
+        residual = _residual(gm, user, output)
         if isinstance(residual, str):
-            return None, residual
+            return residual
         if residual is not None and fused["residual"] is not None:
-            return None, "a residual is fused already"
-        activation = None if residual is not None else _activation(gm, user)
-        if residual is None and activation is None:
-            return None, None
+            return "a residual is fused already"
+        activation = None
+        if residual is None:
+            activation = _activation(gm, user) if first_input(user) is output else None
+            if activation is None or isinstance(activation, str):
+                return activation or f"{user.name} is no add or activation that can be fused"
         # An add reads its other operand where it stood; an activation reads nothing else, so it stays put.
         with gm.graph.inserting_before(user if residual is not None else output):
             moved = gm.graph.call_function(OUTPUT_TRANSFORM, kwargs=fused)
@@ -151,4 +193,4 @@ class FuseEpilogue(PassBase):
         user.replace_all_uses_with(moved)
         gm.graph.erase_node(user)
         gm.graph.erase_node(output)
-        return moved, None
+        return moved

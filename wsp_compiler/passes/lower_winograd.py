@@ -3,17 +3,17 @@
 rewrite:
     y = conv(x)  ->  V = wsp::input_transform(x, columns, column_offset, padding, tile)
                      M = wsp::sparse_bgemm(V, weight, rows, row_offset, column_offset)
-                     y = wsp::output_transform(M, x, rows, row_offset, bias, None, None, padding, tile, "none", ...)
+                     y = wsp::output_transform(M, x, rows, row_offset, bias, None, None, padding, tile, ...)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
-import torch
 from torch import fx, nn
 
-from wsp_compiler.ops import WinogradSite
+from wsp_compiler.ops import WinogradSite, is_channels_last
 from wsp_compiler.passes.base import (
     INPUT_TRANSFORM,
     OUTPUT_TRANSFORM,
@@ -21,6 +21,7 @@ from wsp_compiler.passes.base import (
     PassBase,
     Rewrites,
     called_module,
+    first_input,
     get_buffer,
 )
 from wsp_compiler.passes.choose_keep import SITE_PLAN, site_module_name
@@ -30,12 +31,8 @@ from wsp_compiler.trace import SITE
 from wsp_compiler.winograd import transform_weight
 
 
-def _is_channels_last(weight: torch.Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
 def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, plan: SitePlan) -> None:
-    name = site_module_name(plan.path)
+    name = site_module_name(gm, plan.path)
     site = gm.get_submodule(name)
     assert isinstance(site, WinogradSite)
     if not hasattr(site, "weight"):
@@ -44,8 +41,7 @@ def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, plan: SitePl
         key: get_buffer(gm, node, name, key)
         for key in ("weight", "rows", "row_offset", "columns", "column_offset", "bias")
     }
-    x, padding = node.args[0] if node.args else node.kwargs["input"], list(padding_of(conv))
-    graph = gm.graph
+    x, padding, graph = cast("fx.Node", first_input(node)), list(padding_of(conv)), gm.graph
     with graph.inserting_before(node):
         V = graph.call_function(
             INPUT_TRANSFORM, (x, buffer["columns"], buffer["column_offset"], padding, plan.tile)
@@ -56,7 +52,7 @@ def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, plan: SitePl
         y = graph.call_function(
             OUTPUT_TRANSFORM,
             (M, x, buffer["rows"], buffer["row_offset"], buffer["bias"], None, None, padding, plan.tile),
-            {"activation": "none", "channels_last": _is_channels_last(conv.weight)},
+            {"activation": "none", "channels_last": is_channels_last(conv.weight)},
         )
     for stage in (V, M, y):
         stage.meta[SITE] = plan.path

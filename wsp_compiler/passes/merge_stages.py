@@ -11,8 +11,11 @@ in-place operation of the model comes between its stages.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any, cast
 
+import torch
 from torch import fx
 
 from wsp_compiler.passes.base import (
@@ -23,22 +26,65 @@ from wsp_compiler.passes.base import (
     WSP_OPS,
     PassBase,
     Rewrites,
+    altered,
     arguments,
+    called_module,
     is_op,
 )
 from wsp_compiler.plan import PruningPlan
 
+IN_PLACE_OPERATORS = frozenset(
+    (
+        "setitem",
+        "delitem",
+        "iadd",
+        "iand",
+        "iconcat",
+        "ifloordiv",
+        "ilshift",
+        "imatmul",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+    )
+)
+PURE_MODULES = ("torch", "math", "builtins")
+"""Homes of functions whose names and arguments tell whether they write."""
+
+
+def _writes_by_option(node: fx.Node) -> bool:
+    """True for ``inplace=True`` (by name or position) and for a given ``out``."""
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
+    try:
+        given = inspect.signature(cast("Any", node.target)).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # builtin functions have no signature
+        return False
+    return bool(given.get("inplace"))
+
 
 def _may_write(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """True if ``node`` may modify a tensor in place."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) or type(module).__module__.split(".")[0] != "torch"
-    if node.op not in ("call_function", "call_method") or node.target in WSP_OPS:
+    """True if ``node`` may modify a tensor in place; code that is not PyTorch's own may do anything."""
+    module = called_module(gm, node)
+    if module is not None:
+        known = type(module).__module__.split(".")[0] == "torch" and altered(module) is None
+        return not known or bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function" or node.target in WSP_OPS:
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    is_in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
-    return name.endswith("_") or is_in_place_operator or name in ("setitem",) or bool(node.kwargs.get("inplace"))
+    target = cast("Any", node.target)
+    if isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
+        return bool(cast("Any", target)._schema.is_mutable)
+    name, home = getattr(target, "__name__", ""), str(getattr(target, "__module__", ""))
+    if home == "_operator":
+        return name in IN_PLACE_OPERATORS
+    return name.endswith("_") or home.split(".")[0] not in PURE_MODULES or _writes_by_option(node)
 
 
 def _written_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> str | None:
@@ -49,6 +95,21 @@ def _written_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> str |
             return node.name
         node = node.next
     return None
+
+
+def _declines_merging(gm: fx.GraphModule, output: fx.Node) -> str | None:
+    """Why the stages that end in ``output`` cannot become one call, or None."""
+    M: fx.Node = arguments(output)["M"]
+    if not is_op(M, SPARSE_BGEMM) or not is_op(arguments(M)["V"], INPUT_TRANSFORM):
+        return "its stages are not directly connected"
+    V: fx.Node = arguments(M)["V"]
+    if len(M.users) > 1 or len(V.users) > 1:
+        return "V or M has other users"
+    first, last = arguments(V), arguments(output)
+    if any(first[name] != last[name] for name in ("x", "padding", "tile")):
+        return "its first and last stage differ in input, padding or tile"
+    writer = _written_between(gm, V, output)
+    return None if writer is None else f"the in-place operation {writer} comes between its stages"
 
 
 @dataclass(frozen=True)
@@ -69,19 +130,12 @@ class MergeStages(PassBase):
                 continue
             last = arguments(output)
             M: fx.Node = last.pop("M")
-            middle = arguments(M) if is_op(M, SPARSE_BGEMM) else {}
-            V: fx.Node | None = middle.get("V")
-            if V is None or not is_op(V, INPUT_TRANSFORM):
-                declined.append((output.name, "its stages are not directly connected"))
+            reason = _declines_merging(gm, output)
+            if reason is not None:
+                declined.append((output.name, reason))
                 continue
-            if len(M.users) > 1 or len(V.users) > 1:
-                declined.append((output.name, "V or M has other users"))
-                continue
-            writer = _written_between(gm, V, output)
-            if writer is not None:
-                declined.append((output.name, f"the in-place operation {writer} comes between its stages"))
-                continue
-            first = arguments(V)
+            middle = arguments(M)
+            first = arguments(middle["V"])
             with gm.graph.inserting_before(output):
                 merged = gm.graph.call_function(
                     WINOGRAD_CONV2D,

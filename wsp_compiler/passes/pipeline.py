@@ -9,12 +9,13 @@ import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import networkx as nx
 from torch import fx
 
-from wsp_compiler.errors import PassError
-from wsp_compiler.passes.base import WSP_OPS, Pass, PassRecord
+from wsp_compiler.errors import OptionError, PassError
+from wsp_compiler.passes.base import WSP_OPS, Pass, PassRecord, Rewrites
 from wsp_compiler.plan import PruningPlan
 
 logger = logging.getLogger("wsp_compiler")
@@ -23,6 +24,24 @@ logger = logging.getLogger("wsp_compiler")
 def _near(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"near names: {', '.join(near)}; " * bool(near) + f"known: {', '.join(known)}"
+
+
+def _name(entry: object) -> str:
+    """Name of a pass.
+
+    Raises:
+        PassError: it is none.
+    """
+    if isinstance(entry, type) or not isinstance(entry, Pass):
+        fix = f"write {entry.__name__}()" if isinstance(entry, type) else "subclass wsp_compiler.PassBase"
+        raise PassError(f"{entry!r} is not a pass", where="Pipeline", fix=fix)
+    if not entry.name:
+        raise PassError(
+            f"{type(entry).__name__} has no name",
+            where="Pipeline",
+            fix='declare name: str = field(default="my_pass", init=False)',
+        )
+    return entry.name
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,18 @@ class Pipeline:
     passes: tuple[Pass, ...]
     edges: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        for entry in self.passes:
+            _name(entry)
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise PassError(
+                f"several passes are named {twice[0]!r}", where="Pipeline", fix="use replace(), or rename one"
+            )
+        for edge in self.edges:
+            for name in edge:
+                self._index(name)
+
     @property
     def names(self) -> list[str]:
         """Names of the passes, in the order they were added."""
@@ -46,23 +77,15 @@ class Pipeline:
         return self.names.index(name)
 
     def _insert(self, index: int, added: Pass, edge: tuple[str, str]) -> Pipeline:
-        if not isinstance(added, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PassError(
-                f"{added!r} is not a pass", where="Pipeline", fix="subclass wsp_compiler.passes.PassBase"
-            )
-        if added.name in self.names:
-            raise PassError(
-                f"a pass named {added.name!r} is there already", where="Pipeline", fix="use replace() or rename it"
-            )
         return Pipeline((*self.passes[:index], added, *self.passes[index:]), (*self.edges, edge))
 
     def before(self, name: str, added: Pass) -> Pipeline:
         """With ``added`` run before the pass ``name``."""
-        return self._insert(self._index(name), added, (added.name, name))
+        return self._insert(self._index(name), added, (_name(added), name))
 
     def after(self, name: str, added: Pass) -> Pipeline:
         """With ``added`` run after the pass ``name``."""
-        return self._insert(self._index(name) + 1, added, (name, added.name))
+        return self._insert(self._index(name) + 1, added, (name, _name(added)))
 
     def without(self, name: str) -> Pipeline:
         """Without the pass ``name``."""
@@ -92,21 +115,23 @@ class Pipeline:
         order.add_edges_from(self.edges)
         for entry in self.passes:
             for level in entry.requires:
-                if level not in providers:
+                if not set(providers.get(level, ())) - {entry.name}:
                     raise PassError(
-                        f"requires {level!r}, which no pass provides",
+                        f"requires {level!r}, which no other pass provides",
                         where=f"pass {entry.name}",
                         fix=_near(level, sorted(providers)),
                     )
             for level in (*entry.requires, *entry.after):
-                order.add_edges_from((source, entry.name) for source in providers.get(level, ()))
+                sources = set(providers.get(level, ())) - {entry.name}  # it may keep up what it requires
+                order.add_edges_from((source, entry.name) for source in sources)
         position = {name: index for index, name in enumerate(by_name)}
         try:
             names = list(nx.lexicographical_topological_sort(order, key=position.__getitem__))
         except nx.NetworkXUnfeasible:
-            cycle = " -> ".join(edge[0] for edge in nx.find_cycle(order))
+            edges: list[tuple[str, str]] = list(cast("Any", nx).find_cycle(order))
+            cycle = [edges[0][0], *(edge[1] for edge in edges)]
             raise PassError(
-                f"the passes depend on each other in a cycle: {cycle}",
+                f"the passes depend on each other in a cycle: {' -> '.join(cycle)}",
                 where="Pipeline",
                 fix="drop one requires/after, or move the added pass",
             ) from None
@@ -114,7 +139,7 @@ class Pipeline:
 
 
 def remove_dead_code(gm: fx.GraphModule) -> None:
-    """Erase what lowering orphaned. In-place operations of the model have users' meaning and are kept."""
+    """Erase what lowering orphaned. Unused calls of the model's own are kept: they may be in place."""
 
     def is_impure(node: fx.Node) -> bool:
         return node.op != "get_attr" and node.target not in WSP_OPS
@@ -148,6 +173,8 @@ def run_pipeline(
         start = time.perf_counter()
         try:
             rewrites = entry.run(gm, plan)
+            if not isinstance(cast("object", rewrites), Rewrites):
+                raise TypeError(f"run returned {rewrites!r}, not Rewrites(count, declined)")
             remove_dead_code(gm)
             gm.graph.lint()
             gm.recompile()
@@ -173,6 +200,11 @@ def _dump(gm: fx.GraphModule, unit: str, number: int, name: str) -> None:
     if not directory:
         return
     folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{unit}." if unit else ""
-    (folder / f"{stem}{number:02d}_{name}.txt").write_text(f"{gm.graph}\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}{number:02d}_{name}.txt").write_text(f"{gm.graph}\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(
+            f"cannot write the dump: {error}", where=f"WSP_DUMP={directory}", fix="name a writable directory"
+        ) from error

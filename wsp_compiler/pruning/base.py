@@ -19,8 +19,10 @@ UNIT_DIMS = {"row": (2,), "column": (1,)}
 class Pattern(Protocol):
     """A pruning pattern. ``uses_direction`` tells whether "row"/"column" means anything to it."""
 
-    name: str
-    uses_direction: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def uses_direction(self) -> bool: ...
 
     def keep(self, U: Tensor, pr: float, direction: str, importance: Importance) -> Tensor:
         """Choose what stays.
@@ -46,6 +48,6 @@ def kept_count(units: int, pr: float) -> int:
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """bool like ``scores`` [..., units]: the ``count`` largest along the last dim; ties go to the lower index."""
+    """bool like ``scores`` [..., units]: the ``count`` largest of the last dim; ties to the lower index."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)

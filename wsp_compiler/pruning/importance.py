@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wsp_compiler.pruning.base import Importance
@@ -10,7 +9,7 @@ from wsp_compiler.pruning.base import Importance
 
 def l2(U: Tensor, dims: tuple[int, ...]) -> Tensor:
     """L2 norm of every unit that spans ``dims`` of U [p*p, n, c]; those dims keep size 1."""
-    return torch.linalg.vector_norm(U, dim=dims, keepdim=True)
+    return U.square().sum(dim=dims, keepdim=True).sqrt()
 
 
 IMPORTANCES: dict[str, Importance] = {"l2": l2}

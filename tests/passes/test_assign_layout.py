@@ -1,0 +1,59 @@
+"""assign_layout: channels_last between lowered layers, the model's own format where values leave."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import wsp_compiler
+from wsp_compiler.passes.base import WINOGRAD_CONV2D, arguments, is_op
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)))
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(self.convs(x) + x)
+        return self.last(y), torch.sigmoid(y)
+
+
+def test_inside_a_chain_channels_last_and_the_models_format_at_its_exit() -> None:
+    model = Chain().eval()
+    x = torch.randn(2, 16, 12, 10)
+    compiled = wsp_compiler.compile(model, method="dense", example_inputs=(x,), check=True)
+    nodes = [node for node in compiled.graph_module.graph.nodes if is_op(node, WINOGRAD_CONV2D)]
+    assert [arguments(node)["channels_last"] for node in nodes] == [True, True, False, False]
+    origin = arguments(nodes[0])["x"]
+    assert arguments(nodes[2])["like"] is origin
+    assert arguments(nodes[3]).get("like") is None
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        with torch.no_grad():
+            expected = model(given)
+        for ours, eager in zip(compiled(given), expected, strict=True):
+            assert ours.stride() == eager.stride()
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+        for ours, eager in zip(compiled.graph_module(given), expected, strict=True):
+            assert ours.stride() == eager.stride()
+
+
+def test_does_not_fire_where_others_read_the_value() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Sigmoid(), nn.Conv2d(16, 16, 3)).eval()
+    compiled = wsp_compiler.compile(model, method="dense")
+    record = next(record for record in compiled.record.passes if record.name == "assign_layout")
+    assert record.rewrites.count == 0
+    reasons = {reason for _, reason in record.rewrites.declined}
+    assert reasons == {"read by an operation that is not lowered"}
+
+
+def test_does_not_fire_on_channels_last_weights() -> None:
+    model = (
+        nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)).eval().to(memory_format=torch.channels_last)
+    )
+    compiled = wsp_compiler.compile(model, method="dense")
+    record = next(record for record in compiled.record.passes if record.name == "assign_layout")
+    assert record.rewrites.count == 0
+    assert compiled(torch.randn(1, 16, 9, 9)).is_contiguous(memory_format=torch.channels_last)
