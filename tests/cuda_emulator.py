@@ -122,11 +122,14 @@ class _AsmTranslator:
         template = "".join(re.findall(_STRING, sections[0])).replace("\\n", "\n").replace("\\t", " ")
         self._template = re.sub(r"//[^\n]*", "", template)
         self._operands: list[str] = []
+        self._written_only: set[int] = set()
         self._declarations: dict[str, str] = {}
         for operand in (operand for section in sections[1:3] for operand in _split(section, ",")):
             expression = re.fullmatch(rf"{_STRING}\s*(\(.*\))", operand, re.DOTALL)
             if expression is None:
                 raise NotImplementedError(f"asm operand: {operand}")
+            if expression[1].startswith("="):
+                self._written_only.add(len(self._operands))
             self._operands.append(expression[2])
 
     def translate(self) -> str:
@@ -140,7 +143,13 @@ class _AsmTranslator:
         if label := re.match(r"(\w+)\s*:(?!:)", text):
             return f"{self._prefix}{label[1]}: {self._statement(text[label.end() :]) or ';'}"
         if guard := re.match(r"@(!?)%*(\w+)\s+", text):
-            return f"if ({guard[1]}{self._name(guard[2])}) {{ {self._statement(text[guard.end() :])} }}"
+            guarded = text[guard.end() :]
+            # The compiler may drop an earlier value of an operand that the asm only writes ("=r", not "+r").
+            numbers = [int(number) for number in re.findall(r"%(\d+)", guarded)]
+            lost = [self._operands[n] for n in dict.fromkeys(numbers) if n in self._written_only]
+            otherwise = " ".join(f"emulator::poison{operand};" for operand in lost)
+            condition = f"{guard[1]}{self._name(guard[2])}"
+            return f"if ({condition}) {{ {self._statement(guarded)} }} else {{ {otherwise} }}"
         if branch := re.fullmatch(r"bra(?:\.uni)?\s+(\w+)", text):
             return f"goto {self._prefix}{branch[1]};"
         if register := re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text):

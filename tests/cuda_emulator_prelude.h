@@ -825,6 +825,9 @@ struct Sink {
 };
 static Sink sink;
 
+// What a register holds after a predicated instruction that did not run and only writes it: anything.
+template <class Register> void poison(Register& value) { memset(&value, 0xff, sizeof(Register)); }
+
 template <class... Operands> void no_operation(Operands...) {}
 template <class Register, class Value> void mov(Register& d, Value a) { d = a; }
 template <class Register, class Value> void selp(Register& d, Value a, Value b, bool p) { d = p ? a : b; }

@@ -135,6 +135,7 @@ def test_containers_keep_their_type() -> None:
     assert "new" not in model.b
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_scripted_modules_are_shared() -> None:
     scripted = torch.jit.trace(nn.ReLU(), torch.zeros(1))
     model = nn.Sequential(scripted)

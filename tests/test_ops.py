@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.layers import PRUNED, WSP, Layer, assert_near, masked_convolution
 from wsp_compiler import ops
-from wsp_compiler.errors import InputError
-from wsp_compiler.pruning import IMPORTANCES, PATTERNS
 from wsp_compiler.winograd import tile_grid, transform, transform_weight
 
-WSP: Any = torch.ops.wsp
-PRUNED = [("wsp", "row"), ("wsp", "column"), ("bwsp", "row"), ("bwsp", "column"), ("fp", "row")]
 SHAPES = [  # batch, c, n, (H, W), padding
     (2, 5, 6, (7, 7), (1, 1)),
     (1, 3, 4, (13, 20), (1, 1)),
@@ -27,66 +23,6 @@ SHAPES = [  # batch, c, n, (H, W), padding
     (1, 4, 5, (3, 3), (0, 0)),
     (1, 2, 2, (4, 6), (3, 4)),
 ]
-
-
-class Layer:
-    """A convolution and its site, filled under a pattern."""
-
-    def __init__(
-        self, c: int, n: int, padding: tuple[int, int], tile: int, method: str, direction: str = "row"
-    ) -> None:
-        self.conv = nn.Conv2d(c, n, 3, padding=padding).requires_grad_(False)
-        self.tile, self.padding = tile, list(padding)
-        U = transform_weight(self.conv.weight, tile)
-        self.site = ops.WinogradSite(PATTERNS[method].keep(U, 0.5, direction, IMPORTANCES["l2"]))
-        self.site.fill(U, self.conv.bias)
-        self.exact = self.site.weight.double()
-
-    def run(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        slope: Tensor | None = None,
-        activation: str = "none",
-        channels_last: bool = False,
-        merged: bool = False,
-    ) -> Tensor:
-        site = self.site
-        tail = (site.bias, residual, slope, self.padding, self.tile, activation, channels_last)
-        if merged:
-            index = (site.rows, site.row_offset, site.columns, site.column_offset)
-            return WSP.winograd_conv2d(x, site.weight, *index, *tail)
-        V = WSP.input_transform(x, site.columns, site.column_offset, self.padding, self.tile)
-        M = WSP.sparse_bgemm(V, site.weight, site.rows, site.row_offset, site.column_offset)
-        return WSP.output_transform(M, x, site.rows, site.row_offset, *tail)
-
-
-def masked_convolution(x: Tensor, conv: nn.Conv2d, keep: Tensor, tile: int) -> Tensor:
-    """float64, all p*p matrices in full with zeros for what is not kept; tiles cut out one by one."""
-    winograd, p, pad = transform(tile), tile + 2, conv.padding
-    AT, BT = winograd.tensor("AT", torch.float64), winograd.tensor("BT", torch.float64)
-    U = (transform_weight(conv.weight, tile) * keep).view(p, p, conv.out_channels, conv.in_channels)
-    size = [x.shape[2 + i] + 2 * int(pad[i]) - 2 for i in (0, 1)]
-    counts = [-(-extent // tile) for extent in size]
-    image = torch.zeros(*x.shape[:2], counts[0] * tile + 2, counts[1] * tile + 2, dtype=torch.float64)
-    inside = image[:, :, int(pad[0]) :, int(pad[1]) :][:, :, : x.shape[2], : x.shape[3]]
-    inside.copy_(x[:, :, : inside.shape[2], : inside.shape[3]])
-    y = torch.zeros(x.shape[0], conv.out_channels, counts[0] * tile, counts[1] * tile, dtype=torch.float64)
-    for top in range(0, counts[0] * tile, tile):
-        for left in range(0, counts[1] * tile, tile):
-            V = BT @ image[:, :, top : top + p, left : left + p] @ BT.T  # [N, c, p, p]
-            M = (U.permute(2, 3, 0, 1) * V.unsqueeze(1)).sum(2)  # [N, n, p, p]
-            y[:, :, top : top + tile, left : left + tile] = AT @ M @ AT.T
-    assert conv.bias is not None
-    return y[:, :, : size[0], : size[1]] + conv.bias.double().view(-1, 1, 1)
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """The weights are stored in float32, so even float64 inputs allow 1e-6."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    difference = float((actual - expected).double().norm())
-    assert difference <= tolerance * float(expected.double().norm()) + 1e-12
 
 
 @pytest.mark.parametrize(("batch", "c", "n", "size", "padding"), SHAPES)
@@ -257,62 +193,6 @@ def test_nan_in_the_residual_passes_every_activation() -> None:
         assert torch.equal(torch.isnan(y), torch.isnan(residual))
 
 
-@pytest.mark.parametrize("input_last", [False, True])
-@pytest.mark.parametrize("weight_last", [False, True])
-@pytest.mark.parametrize("c", [1, 3, 16])
-@pytest.mark.parametrize("n", [1, 16])
-def test_memory_format_is_conv2ds(input_last: bool, weight_last: bool, c: int, n: int) -> None:
-    layer = Layer(c, n, (1, 1), 2, "dense")
-    formats = {True: torch.channels_last, False: torch.contiguous_format}
-    layer.conv.weight.data = layer.conv.weight.data.contiguous(memory_format=formats[weight_last])
-    x = torch.randn(2, c, 7, 5).contiguous(memory_format=formats[input_last])
-    last = ops.is_channels_last(layer.conv.weight)
-    for merged in (False, True):
-        y = layer.run(x, channels_last=last, merged=merged)
-        assert y.stride() == layer.conv(x).stride()
-
-
-def test_like_decides_the_memory_format() -> None:
-    layer = Layer(3, 4, (1, 1), 2, "dense")
-    x = torch.randn(1, 3, 6, 6)
-    site, last = layer.site, x.contiguous(memory_format=torch.channels_last)
-    for given, like, expected in ((x, last, True), (last, x, False)):
-        y = WSP.winograd_conv2d(
-            given, site.weight, site.rows, site.row_offset, site.columns, site.column_offset,
-            site.bias, None, None, [1, 1], 2, "none", False, like,
-        )  # fmt: skip
-        assert ops.suggest_channels_last(y) is expected
-        torch.testing.assert_close(y, layer.conv(x), rtol=1e-4, atol=1e-5)
-
-
-def test_strided_and_broadcast_inputs() -> None:
-    layer = Layer(4, 5, (1, 1), 4, "bwsp")
-    x = torch.randn(2, 8, 14, 20)[:, ::2, ::2, 1::2]
-    torch.testing.assert_close(layer.run(x), layer.run(x.contiguous()))
-    x = torch.randn(1, 4, 1, 1).expand(2, 4, 9, 9)
-    torch.testing.assert_close(layer.run(x), layer.run(x.contiguous()))
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_one_image_without_a_batch(merged: bool) -> None:
-    layer = Layer(4, 5, (1, 1), 2, "dense")
-    x, residual = torch.randn(4, 7, 7), torch.randn(5, 7, 7)
-    torch.testing.assert_close(
-        layer.run(x, residual, torch.tensor([0.1]), "prelu", merged=merged),
-        F.prelu(layer.conv(x) + residual, torch.tensor([0.1])),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-
-
-@pytest.mark.parametrize(("shape", "word"), [((1, 3, 2, 9), "smaller than"), ((3,), "expected an input")])
-def test_impossible_inputs_are_explained(shape: tuple[int, ...], word: str) -> None:
-    layer = Layer(3, 4, (0, 0), 2, "dense")
-    with pytest.raises(InputError, match=word) as caught:
-        layer.run(torch.randn(shape))
-    assert caught.value.fix
-
-
 @pytest.mark.parametrize(("method", "direction"), [*PRUNED, ("dense", "row")])
 @pytest.mark.parametrize("tile", [2, 4])
 def test_pruned_weights_are_neither_stored_nor_multiplied(method: str, direction: str, tile: int) -> None:
@@ -366,40 +246,3 @@ def test_a_site_owns_its_tensors() -> None:
     assert {name for name, _ in site.named_buffers()} == {
         "keep", "weight", "rows", "row_offset", "columns", "column_offset", "bias",
     }  # fmt: skip
-
-
-def _operator_calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    layer = Layer(3, 4, (1, 2), 2, "wsp")
-    site = layer.site
-    x, residual, slope = torch.randn(2, 3, 6, 7).to(dtype), torch.randn(2, 4, 6, 9).to(dtype), torch.rand(4)
-    V = ops.input_transform(x, site.columns, site.column_offset, [1, 2], 2)
-    M = ops.sparse_bgemm(V, site.weight, site.rows, site.row_offset, site.column_offset)
-    tail = (site.bias, residual, slope, [1, 2], 2, "prelu", True)
-    index = (site.rows, site.row_offset, site.columns, site.column_offset)
-    return {
-        "input_transform": (x, site.columns, site.column_offset, [1, 2], 2),
-        "sparse_bgemm": (V, site.weight, site.rows, site.row_offset, site.column_offset),
-        "output_transform": (M, x, site.rows, site.row_offset, *tail),
-        "winograd_conv2d": (x, site.weight, *index, *tail, residual),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["input_transform", "sparse_bgemm", "output_transform", "winograd_conv2d"])
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(getattr(WSP, name).default, _operator_calls(dtype)[name])
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 6, 6), (6, 6), (3, 2, 4, 6, 6), ()])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_fake_and_real_agree_on_residuals(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    layer = Layer(3, 4, (1, 1), 2, "dense")
-    site = layer.site
-    index = (site.rows, site.row_offset, site.columns, site.column_offset)
-    arguments = (
-        torch.randn(2, 3, 6, 6).half(), site.weight, *index, site.bias, torch.randn(shape).to(dtype), None,
-        [1, 1], 2, "relu", True,
-    )  # fmt: skip
-    torch.library.opcheck(
-        WSP.winograd_conv2d.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )

@@ -68,10 +68,9 @@ def load_model(spec: str) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise OptionError(
-            f"cannot import {module_name!r} ({error})", where="model", fix="check it"
-        ) from error
+    except Exception as error:  # the module's own code runs
+        what = f"cannot import {module_name!r} ({type(error).__name__}: {error})"
+        raise OptionError(what, where="model", fix="check the name and the module") from error
     if not callable(getattr(module, name, None)):
         fix = _near(name, dir(module))
         raise OptionError(f"{module_name} has no callable {name!r}", where="model", fix=fix)

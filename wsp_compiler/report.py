@@ -35,9 +35,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _count(value: int) -> str:
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size:
+        if value >= 0.9995 * size:  # what three digits round up to the unit
             return f"{value / size:.3g}{unit}"
     return str(value)
+
+
+def _is_lowered(site: ConvSite, plan: PruningPlan) -> bool:
+    return site.path in plan and site.reject is None
 
 
 def site_rows(sites: Sequence[ConvSite], plan: PruningPlan) -> list[tuple[str, ...]]:
@@ -47,9 +51,10 @@ def site_rows(sites: Sequence[ConvSite], plan: PruningPlan) -> list[tuple[str, .
         known = site.input_shapes[0] if site.input_shapes else None
         shape = f"{site.filters}x{site.channels} @ " + (f"{known[-2]}x{known[-1]}" if known else "?")
         shape = shape if site.filters else "-"  # a functional convolution
-        if site.path not in plan:
-            why = plan.left_alone.get(site.path, site.reject or "")
-            rows.append((site.path, shape, "left alone", "-", "-", "-", "-", "-", "-", why))
+        name = site.path or "(the model)"
+        if not _is_lowered(site, plan):
+            why = site.reject or plan.left_alone.get(site.path, "not in the plan")
+            rows.append((name, shape, "left alone", "-", "-", "-", "-", "-", "-", why))
             continue
         entry = plan[site.path]
         direct = winograd = kept = 0
@@ -61,9 +66,7 @@ def site_rows(sites: Sequence[ConvSite], plan: PruningPlan) -> list[tuple[str, .
         counts = tuple(_count(value) if known else "?" for value in (direct, winograd, kept))
         decision = "Winograd" if entry.method == "dense" else "pruned"
         tile = f"F({entry.tile}x{entry.tile})"
-        rows.append(
-            (site.path, shape, decision, entry.pattern, tile, f"{entry.kept_fraction:.4f}", *counts, "")
-        )
+        rows.append((name, shape, decision, entry.pattern, tile, f"{entry.kept_fraction:.4f}", *counts, ""))
     return rows
 
 
@@ -79,10 +82,11 @@ def format_report(
     Multiplies are per call on the shapes last seen (all calls of a shared convolution together): direct
     convolution, dense Winograd, and with the kept weights.
     """
-    total = sum(entry.shape[0] * entry.shape[1] * entry.shape[2] for entry in plan.values())
-    kept = sum(entry.kept_weights for entry in plan.values())
+    lowered = [plan[site.path] for site in sites if _is_lowered(site, plan)]
+    total = sum(entry.shape[0] * entry.shape[1] * entry.shape[2] for entry in lowered)
+    kept = sum(entry.kept_weights for entry in lowered)
     lines = [format_table(HEADER, site_rows(sites, plan)), ""]
-    lines.append(f"{len(plan)} of {len(sites)} convolutions run as Winograd; multiplies are per call")
+    lines.append(f"{len(lowered)} of {len(sites)} convolutions run as Winograd; multiplies are per call")
     if total:
         lines.append(f"kept {kept} of {total} Winograd weights: achieved pr = {1 - kept / total:.4f}")
     for path, why in untraced.items():

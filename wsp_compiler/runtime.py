@@ -103,7 +103,11 @@ def emit(
     for node in list(graph.nodes):
         if is_op(node, WINOGRAD_CONV2D):
             given = arguments(node)
-            call(node, _layer(gm, node, target, precision, dtypes), (given["x"], given["residual"], given.get("like")))
+            call(
+                node,
+                _layer(gm, node, target, precision, dtypes),
+                (given["x"], given["residual"], given.get("like")),
+            )
         elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
             V = arguments(M)["V"]
             if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:
@@ -216,6 +220,25 @@ class CompiledModule(nn.Module):
                 fix="compile with example_inputs, or call the module once",
             )
         return "\n".join(dict.fromkeys(texts))
+
+    def __copy__(self) -> CompiledModule:
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: kernels are code of this process."""
+        raise CompiledModuleError(
+            "a compiled module cannot be pickled",
+            where="pickle",
+            fix="save model.state_dict() and compiled.plan.to_json(), then compile with plan=; kernels are cached",
+        )
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Only eval mode exists."""

@@ -44,7 +44,9 @@ def versions() -> str:
 def tvm_target(target: CodeTarget) -> Any:
     """The tvm.target.Target of a CodeTarget."""
     if target.is_cuda:
-        return tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "llvm", "mcpu": host_cpu()})
+        return tvm.target.Target(
+            {"kind": "cuda", "arch": target.arch}, host={"kind": "llvm", "mcpu": host_cpu()}
+        )
     return tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "opt-level": 3})
 
 
@@ -77,13 +79,17 @@ def lower(function: Any, name: str, target: CodeTarget) -> Lowered:
             finished = finish_device()(device_module)
             os.environ["TVM_COMPILE_FORCE_FALLBACK"] = "1"  # keep text: we compile it ourselves
             try:
-                text = tvm.get_global_func("target.build.cuda")(finished, device_target).inspect_source("cuda")
+                text = tvm.get_global_func("target.build.cuda")(finished, device_target).inspect_source(
+                    "cuda"
+                )
             finally:
                 del os.environ["TVM_COMPILE_FORCE_FALLBACK"]
             launch = _launch_metadata(finished)
         if target.is_cuda and not text:
             raise BuildError("the kernel has no device code", where=name, fix="please report this")
-        return Lowered(tvm.get_global_func("target.build.llvm")(host, tvm_kind.host or tvm_kind), text, launch)
+        return Lowered(
+            tvm.get_global_func("target.build.llvm")(host, tvm_kind.host or tvm_kind), text, launch
+        )
 
 
 def _launch_metadata(module: Any) -> str:

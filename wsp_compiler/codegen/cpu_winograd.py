@@ -41,7 +41,12 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
     fused = stages == ALL_STAGES
     do_input, do_gemm, do_output = (stage in stages for stage in ALL_STAGES)
     x_last, y_last, by_column = spec.input_channels_last, spec.output_channels_last, spec.columns_pruned
-    rounds, pruned, residual, activation = spec.precision == "bf16", spec.rows_pruned, spec.residual, spec.activation
+    rounds, pruned, residual, activation = (
+        spec.precision == "bf16",
+        spec.rows_pruned,
+        spec.residual,
+        spec.activation,
+    )
 
     @T.prim_func
     def winograd_cpu(
@@ -52,9 +57,18 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
         yn: T.int64, yc: T.int64, yh: T.int64, yw: T.int64,
         images: T.int32, slice_rows: T.int32, workers: T.int32,
     ):  # fmt: skip
-        x_size = T.int64(); r_size = T.int64(); y_size = T.int64(); u_size = T.int64()
-        blocks = T.int32(); column_count = T.int32(); parts = T.int32(); helpers = T.int32()
-        v_size = T.int64(); m_size = T.int64(); s_size = T.int64(); f_size = T.int64()
+        x_size = T.int64()
+        r_size = T.int64()
+        y_size = T.int64()
+        u_size = T.int64()
+        blocks = T.int32()
+        column_count = T.int32()
+        parts = T.int32()
+        helpers = T.int32()
+        v_size = T.int64()
+        m_size = T.int64()
+        s_size = T.int64()
+        f_size = T.int64()
         X = T.match_buffer(x, (x_size,), store_io, align=2)
         R = T.match_buffer(r, (r_size,), store_io, align=2)
         Y = T.match_buffer(y, (y_size,), store_io, align=2)
@@ -91,13 +105,22 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                             for j in T.serial(WS):
                                 line: T.let[T.int32] = top + i
                                 col: T.let[T.int32] = j - pad_w
-                                base: T.let[T.int64] = image * xn + T.cast(line, "int64") * xh + T.cast(col, "int64") * xw
+                                base: T.let[T.int64] = (
+                                    image * xn + T.cast(line, "int64") * xh + T.cast(col, "int64") * xw
+                                )
                                 if T.And(T.And(line >= 0, line < H), T.And(col >= 0, col < W)):
                                     if x_last:
                                         for cv in T.serial(c // L):
                                             SS.vstore(
                                                 [w, (i * WS + j) * CP + cv * L],
-                                                to_float(X.vload([base + T.cast(cv * L, "int64")], dtype=f"{store_io}x{L}"), io, L),
+                                                to_float(
+                                                    X.vload(
+                                                        [base + T.cast(cv * L, "int64")],
+                                                        dtype=f"{store_io}x{L}",
+                                                    ),
+                                                    io,
+                                                    L,
+                                                ),
                                             )
                                         for cc in T.serial(c % L):
                                             SS[w, (i * WS + j) * CP + c // L * L + cc] = to_float(
@@ -105,7 +128,9 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                                             )
                                     else:
                                         for cc in T.serial(c):
-                                            SS[w, (i * WS + j) * CP + cc] = to_float(X[base + T.cast(cc, "int64") * xc], io)
+                                            SS[w, (i * WS + j) * CP + cc] = to_float(
+                                                X[base + T.cast(cc, "int64") * xc], io
+                                            )
                                 else:
                                     for cv in T.serial(CP // L):
                                         SS.vstore([w, (i * WS + j) * CP + cv * L], splat(0.0, L))
@@ -116,7 +141,9 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                                 o = T.alloc_buffer((P,), vec, scope="local", annotations=IN_REGISTERS)
                                 for i in T.unroll(p):
                                     for j in T.unroll(p):
-                                        d[i * p + j] = SS.vload([w, (i * WS + tw * m + j) * CP + cv * L], dtype=vec)
+                                        d[i * p + j] = SS.vload(
+                                            [w, (i * WS + tw * m + j) * CP + cv * L], dtype=vec
+                                        )
                                 emit_transform(BT, d, t, o, L)
                                 for k in T.unroll(P):
                                     if rounds:
@@ -128,7 +155,9 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                             if by_column:
                                 for k in T.serial(P):
                                     for j in T.serial(CO[k + 1] - CO[k]):
-                                        SV[part, (k * ts + row * TW + tw) * CP + j] = SF[w, k * CP + CI[CO[k] + j]]
+                                        SV[part, (k * ts + row * TW + tw) * CP + j] = SF[
+                                            w, k * CP + CI[CO[k] + j]
+                                        ]
                 if do_gemm:
                     for k in T.serial(P):
                         depth: T.let[T.int32] = (CO[k + 1] - CO[k]) if by_column else c
@@ -141,17 +170,25 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                                 for cc in T.serial(depth):
                                     for v in T.unroll(NV):
                                         uv[v] = U.vload(
-                                            [US[k] + T.cast(b * depth + cc, "int64") * T.int64(RB) + T.cast(v * L, "int64")],
+                                            [
+                                                US[k]
+                                                + T.cast(b * depth + cc, "int64") * T.int64(RB)
+                                                + T.cast(v * L, "int64")
+                                            ],
                                             dtype=vec,
                                         )
                                     for i in T.unroll(MT):
                                         for v in T.unroll(NV):
                                             acc[i * NV + v] = acc[i * NV + v] + (
-                                                T.Broadcast(SV[part, (k * ts + tb * MT + i) * CP + cc], L) * uv[v]
+                                                T.Broadcast(SV[part, (k * ts + tb * MT + i) * CP + cc], L)
+                                                * uv[v]
                                             )
                                 for i in T.unroll(MT):
                                     for v in T.unroll(NV):
-                                        SM.vstore([part, ((BO[k] + b) * ts + tb * MT + i) * RB + v * L], acc[i * NV + v])
+                                        SM.vstore(
+                                            [part, ((BO[k] + b) * ts + tb * MT + i) * RB + v * L],
+                                            acc[i * NV + v],
+                                        )
                 if do_output:
                     for row in T.serial(rows):
                         image: T.let[T.int64] = T.cast((row0 + row) // TH, "int64")
@@ -170,7 +207,10 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                                     if pruned:
                                         d[k] = SF.vload([w, k * NP + fv * L], dtype=vec)
                                     else:
-                                        d[k] = SM.vload([part, ((BO[k] + fv // NV) * ts + tile) * RB + fv % NV * L], dtype=vec)
+                                        d[k] = SM.vload(
+                                            [part, ((BO[k] + fv // NV) * ts + tile) * RB + fv % NV * L],
+                                            dtype=vec,
+                                        )
                                 emit_transform(AT, d, t, o, L)
                                 for i in T.unroll(m):
                                     for j in T.unroll(m):
@@ -178,43 +218,90 @@ def make_cpu_kernel(spec: KernelSpec, config: CpuConfig, stages: tuple[str, ...]
                                         out_h: T.let[T.int32] = top + i
                                         out_w: T.let[T.int32] = tw * m + j
                                         if y_last:
-                                            to: T.let[T.int64] = image * yn + T.cast(out_h, "int64") * yh + T.cast(out_w, "int64") * yw
-                                            via: T.let[T.int64] = image * rn + T.cast(out_h, "int64") * rh + T.cast(out_w, "int64") * rw
+                                            to: T.let[T.int64] = (
+                                                image * yn
+                                                + T.cast(out_h, "int64") * yh
+                                                + T.cast(out_w, "int64") * yw
+                                            )
+                                            via: T.let[T.int64] = (
+                                                image * rn
+                                                + T.cast(out_h, "int64") * rh
+                                                + T.cast(out_w, "int64") * rw
+                                            )
                                             if T.And(out_h < HO, out_w < WO):
                                                 if fv < n // L:
                                                     if residual:
                                                         o[i * m + j] = o[i * m + j] + to_float(
-                                                            R.vload([via + T.cast(fv * L, "int64")], dtype=f"{store_io}x{L}"), io, L
+                                                            R.vload(
+                                                                [via + T.cast(fv * L, "int64")],
+                                                                dtype=f"{store_io}x{L}",
+                                                            ),
+                                                            io,
+                                                            L,
                                                         )
-                                                    o[i * m + j] = activate(o[i * m + j], activation, SL.vload([fv * L], dtype=vec), L)
-                                                    Y.vstore([to + T.cast(fv * L, "int64")], from_float(o[i * m + j], io, L))
+                                                    o[i * m + j] = activate(
+                                                        o[i * m + j],
+                                                        activation,
+                                                        SL.vload([fv * L], dtype=vec),
+                                                        L,
+                                                    )
+                                                    Y.vstore(
+                                                        [to + T.cast(fv * L, "int64")],
+                                                        from_float(o[i * m + j], io, L),
+                                                    )
                                                 else:
                                                     SS.vstore([w, 0], o[i * m + j])
                                                     for f in T.serial(n % L):
-                                                        e = T.alloc_buffer((1,), "float32", scope="local", annotations=IN_REGISTERS)
+                                                        e = T.alloc_buffer(
+                                                            (1,),
+                                                            "float32",
+                                                            scope="local",
+                                                            annotations=IN_REGISTERS,
+                                                        )
                                                         e[0] = SS[w, f]
                                                         if residual:
-                                                            e[0] = e[0] + to_float(R[via + T.cast(n // L * L + f, "int64")], io)
+                                                            e[0] = e[0] + to_float(
+                                                                R[via + T.cast(n // L * L + f, "int64")], io
+                                                            )
                                                         Y[to + T.cast(n // L * L + f, "int64")] = from_float(
                                                             activate(e[0], activation, SL[n // L * L + f]), io
                                                         )
                                         else:
                                             SS.vstore([w, (i * TW * m + out_w) * NP + fv * L], o[i * m + j])
-                        if not y_last:  # the finished lines are copied out filter by filter, 16 pixels at a time
+                        if (
+                            not y_last
+                        ):  # the finished lines are copied out filter by filter, 16 pixels at a time
                             for i in T.serial(m):
                                 out_h: T.let[T.int32] = top + i
                                 if out_h < HO:
                                     for wb in T.serial((WO + 15) // 16):
                                         for f in T.serial(n):
-                                            to: T.let[T.int64] = image * yn + T.cast(out_h, "int64") * yh + T.cast(f, "int64") * yc
-                                            via: T.let[T.int64] = image * rn + T.cast(out_h, "int64") * rh + T.cast(f, "int64") * rc
+                                            to: T.let[T.int64] = (
+                                                image * yn
+                                                + T.cast(out_h, "int64") * yh
+                                                + T.cast(f, "int64") * yc
+                                            )
+                                            via: T.let[T.int64] = (
+                                                image * rn
+                                                + T.cast(out_h, "int64") * rh
+                                                + T.cast(f, "int64") * rc
+                                            )
                                             for j in T.unroll(16):
                                                 out_w: T.let[T.int32] = wb * 16 + j
                                                 if out_w < WO:
-                                                    e = T.alloc_buffer((1,), "float32", scope="local", annotations=IN_REGISTERS)
+                                                    e = T.alloc_buffer(
+                                                        (1,),
+                                                        "float32",
+                                                        scope="local",
+                                                        annotations=IN_REGISTERS,
+                                                    )
                                                     e[0] = SS[w, (i * TW * m + out_w) * NP + f]
                                                     if residual:
-                                                        e[0] = e[0] + to_float(R[via + T.cast(out_w, "int64") * rw], io)
-                                                    Y[to + T.cast(out_w, "int64") * yw] = from_float(activate(e[0], activation, SL[f]), io)
+                                                        e[0] = e[0] + to_float(
+                                                            R[via + T.cast(out_w, "int64") * rw], io
+                                                        )
+                                                    Y[to + T.cast(out_w, "int64") * yw] = from_float(
+                                                        activate(e[0], activation, SL[f]), io
+                                                    )
 
     return winograd_cpu

@@ -12,12 +12,18 @@ from torch import Tensor
 
 from wsp_compiler.codegen.build import BuiltKernel, build
 from wsp_compiler.codegen.cpu_launch import flat_view
+from wsp_compiler.codegen.cuda_fused_launch import (
+    FusedLayer,
+    choose_fused_config,
+    device_limits,
+    fused_applies,
+)
 from wsp_compiler.codegen.cuda_gemm_ffma import make_gemm_ffma
 from wsp_compiler.codegen.cuda_gemm_mma import make_gemm_mma
 from wsp_compiler.codegen.cuda_input_transform import input_blocks, make_input_transform
 from wsp_compiler.codegen.cuda_output_transform import make_output_transform, output_blocks
 from wsp_compiler.codegen.pack import CudaWeights, pack_cuda
-from wsp_compiler.codegen.spec import OPERAND_STORAGE, CudaConfig, KernelSpec
+from wsp_compiler.codegen.spec import OPERAND_STORAGE, CudaConfig, FusedConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
 from wsp_compiler.ops import WinogradSite
 
@@ -87,8 +93,9 @@ class CudaLayer:
         return first, second, third
 
     def source(self) -> str:
-        """CUDA C of the three kernels."""
-        return "\n".join(kernel.text() for kernel in self.kernels)
+        """CUDA C of the kernels built so far."""
+        texts = [layer.kernel.text() for layer in self._fused.values()]
+        return "\n".join(texts or [kernel.text() for kernel in self.kernels])
 
     def empty_output(self, x: Tensor) -> Tensor:
         """An uninitialised output for input x."""
@@ -132,10 +139,34 @@ class CudaLayer:
         V = torch.empty(tiles * self._depth, dtype=storage, device=device)
         return V, torch.empty(tiles * self._m_rows, dtype=torch.float32, device=device)
 
+    @cached_property
+    def _fused(self) -> dict[FusedConfig, FusedLayer]:
+        return {}
+
+    def fused_layer(self, x: Tensor) -> FusedLayer | None:
+        """The fused kernel for input x, or None where three kernels have to do.
+
+        Its configuration depends on the number of tiles, so batch sizes fall into a few buckets.
+        """
+        dense = x.is_contiguous(memory_format=torch.channels_last)
+        if not dense or not fused_applies(self.spec):
+            return None
+        tiles = x.shape[0] * self.spec.tiles_per_image
+        config = choose_fused_config(self.spec, self.site, tiles, device_limits(x.device.index))
+        if config is None:
+            return None
+        if config not in self._fused:
+            self._fused[config] = FusedLayer(self.spec, self.site, self._slope, self.target, config)
+        return self._fused[config]
+
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """All three stages, a slice of tiles at a time."""
+        """The whole layer: fused in one kernel if possible, else three kernels, a slice of tiles at a time."""
         y = self.empty_output(x)
         images = self._images_per_call(x, y)
+        fused = self.fused_layer(x) if y.numel() and images >= x.shape[0] else None
+        if fused is not None:
+            fused.run(x, residual, y)
+            return y
         for start in range(0, x.shape[0] if y.numel() else 0, images):
             part = slice(start, start + images)
             self._run_images(x[part], None if residual is None else residual[part], y[part])

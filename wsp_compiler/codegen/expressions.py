@@ -62,14 +62,14 @@ def round_to_bfloat16(value: Expression, lanes: int) -> Expression:
     bits = T.reinterpret(vector("uint32", lanes), value)
     odd = (bits >> _splat_uint(16, lanes)) & _splat_uint(1, lanes)
     rounded = (bits + _splat_uint(0x7FFF, lanes) + odd) >> _splat_uint(16, lanes)
-    return T.Select(value == value, rounded, _splat_uint(0x7FC0, lanes))
+    # Not value != value, which TVM simplifies to false.
+    nan = (bits & _splat_uint(0x7FFFFFFF, lanes)) > _splat_uint(0x7F800000, lanes)
+    return T.Select(nan, _splat_uint(0x7FC0, lanes), rounded)
 
 
 def bfloat16_values(value: Expression, lanes: int) -> Expression:
     """float32 ``value`` rounded to a bfloat16 number, as float32."""
-    return T.reinterpret(
-        vector("float32", lanes), round_to_bfloat16(value, lanes) << _splat_uint(16, lanes)
-    )
+    return T.reinterpret(vector("float32", lanes), round_to_bfloat16(value, lanes) << _splat_uint(16, lanes))
 
 
 def tf32_values(value: Expression, lanes: int = 1) -> Expression:

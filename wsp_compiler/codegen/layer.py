@@ -185,7 +185,7 @@ class WinogradLayer(nn.Module):
 
         The output has the memory format of ``like``, by default of x.
         """
-        if isinstance(x, Tensor) and x.dim() == 3:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if _unbatched(x):
             residual = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), residual).squeeze(0)
         x, layer = self._prepare(x, residual is not None, like=like)
@@ -200,17 +200,17 @@ class WinogradLayer(nn.Module):
 
     def input_transform(self, x: Tensor) -> Tensor:
         """V of x, in the kernels' own layout."""
-        x, layer = self._prepare(_batched(x), False, plain=True)
+        x, layer = self._prepare(x.unsqueeze(0) if _unbatched(x) else x, False, plain=True)
         return layer.input_transform(x)
 
     def sparse_bgemm(self, V: Tensor, x: Tensor) -> Tensor:
         """M from V, both in the kernels' own layout."""
-        x, layer = self._prepare(_batched(x), False, plain=True)
+        x, layer = self._prepare(x.unsqueeze(0) if _unbatched(x) else x, False, plain=True)
         return layer.sparse_bgemm(V, x)
 
     def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
         """The layer's output from M."""
-        if x.dim() == 3:
+        if _unbatched(x):
             residual = None if residual is None else residual.unsqueeze(0)
             return self.output_transform(M, x.unsqueeze(0), residual).squeeze(0)
         x, layer = self._prepare(x, residual is not None)
@@ -220,8 +220,8 @@ class WinogradLayer(nn.Module):
         return self._add(layer.output_transform(M, x, None), residual)
 
 
-def _batched(x: Tensor) -> Tensor:
-    return x.unsqueeze(0) if x.dim() == 3 else x
+def _unbatched(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 3  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def _fits(residual: Tensor, x: Tensor, spec: KernelSpec) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
+from wsp_compiler.codegen.spec import CpuConfig, FusedConfig, KernelSpec
 from wsp_compiler.ops import WinogradSite
 
 
@@ -179,4 +179,56 @@ def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
         bias=site.bias.contiguous(),
         factor=spec.operand_scale / scale,
         max_rows=max(rows),
+    )
+
+
+@dataclass(frozen=True)
+class FusedWeights:
+    """Packed for the fused CUDA kernel.
+
+    Attributes:
+        U: float16 in mma fragment order [group][c / 32][position][rows / 8][lane][8].
+        slot: int32 [p*p * n], the row of M_k within its group that holds a filter; pruned: the zero at ``rows``.
+        bias: float32 [n].
+        factor: what the GEMM's results have to be multiplied by.
+    """
+
+    U: Tensor
+    slot: Tensor
+    bias: Tensor
+    factor: float
+
+
+def rows_per_group(site: WinogradSite, groups: int) -> int:
+    """The largest number of kept rows of any (position, filter group)."""
+    positions, n = site.row_offset.numel() - 1, site.bias.numel()
+    position = torch.repeat_interleave(site.row_offset.diff().long())
+    block = position * groups + site.rows.long() // (n // groups)
+    return int(torch.bincount(block, minlength=positions * groups).max())
+
+
+def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> FusedWeights:
+    """Pack a row-pruned site's weights; see :class:`FusedWeights`."""
+    device, positions = site.weight.device, spec.winograd.positions
+    n, c, G, rows = spec.filters, spec.channels, config.groups, config.rows
+    per_group = n // G
+    scale = fp16_weight_scale(float(site.weight.abs().max()))
+    padded = torch.zeros((G, positions, rows, c), dtype=torch.float32)
+    slot = torch.full((positions, n), rows, dtype=torch.int32)
+    offsets = _integers(site.row_offset)
+    for k, U_k in enumerate(site.position_weights()):
+        filters = site.rows[offsets[k] : offsets[k + 1]].cpu().long()
+        for g in range(G):
+            own = (filters // per_group == g).nonzero()[:, 0]
+            padded[g, k, : own.numel()] = U_k.cpu()[own] * scale
+            slot[k, filters[own]] = torch.arange(own.numel(), dtype=torch.int32)
+    # [group, position, row / 8, row % 8, c / 32, step, half, pair, element] -> lane = (row % 8) * 4 + pair
+    fragments = padded.view(G, positions, rows // 8, 8, c // 32, 2, 2, 4, 2).permute(
+        0, 4, 1, 2, 3, 7, 5, 6, 8
+    )
+    return FusedWeights(
+        U=fragments.reshape(-1).half().to(device),
+        slot=slot.reshape(-1).to(device),
+        bias=site.bias.contiguous(),
+        factor=spec.operand_scale / scale,
     )

@@ -65,7 +65,6 @@ class KernelSpec:
         """Tiles of one image."""
         return self.tiles[0] * self.tiles[1]
 
-
     # What follows describes the operands of the batched GEMM on CUDA.
 
     @property
@@ -107,7 +106,9 @@ class CpuConfig:
 
     def __post_init__(self) -> None:
         if self.lanes not in (4, 8, 16) or not 1 <= self.vectors <= 8 or not 1 <= self.tile_block <= 32:
-            raise OptionError(f"{self} is out of range", where="CpuConfig", fix="lanes 4, 8 or 16; vectors 1-8")
+            raise OptionError(
+                f"{self} is out of range", where="CpuConfig", fix="lanes 4, 8 or 16; vectors 1-8"
+            )
 
     @property
     def row_block(self) -> int:
@@ -138,11 +139,15 @@ class CudaConfig:
         warp_filters, rest_filters = divmod(self.block_filters, self.warps_filters * 16)
         if rest_tiles or rest_filters or not warp_tiles or not warp_filters:
             raise OptionError(
-                f"{self}: a warp's block must be a multiple of 16 x 16", where="CudaConfig", fix="change the block"
+                f"{self}: a warp's block must be a multiple of 16 x 16",
+                where="CudaConfig",
+                fix="change the block",
             )
         if self.chunks not in (4, 8) or self.stages < 2 or self.shared_bytes > 227 * 1024:
             raise OptionError(
-                f"{self}: stages >= 2, chunks 4 or 8, at most 227 KiB", where="CudaConfig", fix="use fewer stages"
+                f"{self}: stages >= 2, chunks 4 or 8, at most 227 KiB",
+                where="CudaConfig",
+                fix="use fewer stages",
             )
 
     @property
@@ -154,3 +159,48 @@ class CudaConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one block."""
         return self.stages * (self.block_tiles + self.block_filters) * self.chunks * 16
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Knobs of the fused CUDA kernel. Eight warps, two of the 16 positions each.
+
+    Attributes:
+        tiles: tiles of one thread block (a multiple of 16).
+        groups: how the filters are divided between blocks; a group is a multiple of 32 filters.
+        rows: kept rows per (position, group), padded to a multiple of 8; tiles * rows bounds the accumulators.
+        channel_slice: input channels per step, 32 or 64.
+        blocks_per_sm: thread blocks that registers are limited for.
+    """
+
+    tiles: int
+    groups: int
+    rows: int
+    channel_slice: int = 64
+    blocks_per_sm: int = 2
+
+    def __post_init__(self) -> None:
+        accumulators = 2 * self.tiles // 16 * self.rows // 8 * 4
+        if self.tiles % 16 or self.rows % 8 or self.channel_slice not in (32, 64) or accumulators > 128:
+            raise OptionError(
+                f"{self}: tiles % 16, rows % 8, tiles * rows <= 2048, channel_slice 32 or 64",
+                where="FusedConfig",
+                fix="use fewer tiles or more groups",
+            )
+        if self.shared_bytes > 227 * 1024:
+            raise OptionError(f"{self}: more than 227 KiB", where="FusedConfig", fix="use fewer tiles")
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return 256
+
+    @property
+    def row_stride(self) -> int:
+        """Floats between tiles in M: an odd multiple of 8, so that fragments store without bank conflicts."""
+        return self.rows + (8 if (self.rows + 8) % 16 else 16)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one block: V of a slice, later M."""
+        return max(16 * self.tiles * self.channel_slice * 2, 16 * self.tiles * self.row_stride * 4)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from wsp_compiler.passes.base import (
     OUTPUT_TRANSFORM,
+    WSP_OPS,
     PassBase,
     Rewrites,
     altered,
@@ -95,10 +96,12 @@ def _is_tensor(gm: fx.GraphModule, value: object) -> bool:
     """True if ``value`` is known to be a tensor at run time; a number cannot be an operator's residual."""
     if not isinstance(value, fx.Node):
         return False
+    if any(user.op == "call_module" or user.target in WSP_OPS for user in value.users):  # others know it
+        return True
     if value.op in ("get_attr", "call_module"):  # a module may give a tuple, but nobody can add that
         return value.op == "call_module" or isinstance(get_attribute(gm, value), Tensor)
-    if value.op == "placeholder":  # known by what else is done with it
-        return any(user.op == "call_module" or str(user.target).startswith("wsp.") for user in value.users)
+    if value.op == "placeholder":
+        return False
     if value.op == "call_method":
         return value.target not in NUMBER_METHODS
     if value.target is getattr:
