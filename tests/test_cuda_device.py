@@ -52,6 +52,8 @@ SHAPES = [  # batch, c, n, H, W, padding
     (1, 64, 130, 1, 1, (1, 1)),
     (0, 32, 32, 8, 8, (1, 1)),
     (2, 70, 36, 30, 17, (2, 0)),
+    (1, 32, 32, 8, 8, (1, 1)),
+    (2, 64, 96, 15, 12, (1, 1)),  # channels_last: the fused kernel in float16
 ]
 PATTERNS = [
     ("dense", "row"),
@@ -153,10 +155,43 @@ def test_nan_and_inf_propagate() -> None:
         assert not torch.isfinite(compiled(x)[0, :, 3:6, 3:6]).all()
 
 
-def test_two_streams() -> None:
-    conv = nn.Conv2d(64, 64, 3, padding=1, device="cuda").eval()
+@pytest.mark.parametrize("filters", [64, 128, 256, 512])
+def test_fused_kernel_and_its_epilogues(filters: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(64, filters, 3, padding=1)
+
+        def forward(self, x: Tensor, identity: Tensor) -> Tensor:
+            return F.leaky_relu(self.conv(x) + identity, 0.2)
+
+    block = Block().cuda().half().eval()
+    for batch, height, width, method in (
+        (1, 14, 14, "bwsp"),
+        (32, 28, 28, "wsp"),
+        (3, 9, 21, "dense"),
+        (2, 7, 7, "fp"),
+    ):
+        x = (
+            torch.randn(batch, 64, height, width, device="cuda")
+            .half()
+            .contiguous(memory_format=torch.channels_last)
+        )
+        identity = torch.randn(batch, filters, height, width, device="cuda").half()
+        compiled = wsp_compiler.compile(block, 0.8, method=method)
+        kept = (
+            kept_convolution(x, block.conv, compiled.plan["conv"].keep, 2, (1, 1)) + identity.double().cpu()
+        )
+        assert_close(compiled(x, identity), F.leaky_relu(kept, 0.2), 2e-3)
+        assert "winograd_fused" in compiled.kernel_source("conv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_streams(dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).eval()
     compiled = wsp_compiler.compile(conv, 0.5)
-    inputs = [torch.randn(8, 64, 56, 56, device="cuda") for _ in range(2)]
+    inputs = [torch.randn(8, 64, 56, 56, device="cuda", dtype=dtype) for _ in range(2)]
+    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     expected = [compiled(x) for x in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in inputs]

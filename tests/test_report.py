@@ -116,12 +116,20 @@ def test_tables_are_aligned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"),
-    [(3, "81"), (11, "1.09k"), (333, "998k"), (334, "1M"), (1054, "10M"), (10541, "1G")],
+    ("n", "c", "expected"),
+    [
+        (3, 3, "81"),
+        (11, 11, "1.09k"),
+        (333, 333, "998k"),
+        (111, 1001, "1M"),  # 999999, not 1e+03k
+        (334, 334, "1M"),
+        (1054, 1054, "10M"),
+        (111111, 1001, "1G"),
+    ],
 )
-def test_large_counts_have_three_digits(width: int, expected: str) -> None:
-    """n = c = width on a 1x1 output: 9 * width**2 multiplies."""
-    site = ConvSite("a", width, width, (3, 3), (1, 1), (1, 1), True, 1, ((1, width, 1, 1),))
+def test_large_counts_have_three_digits(n: int, c: int, expected: str) -> None:
+    """On a 1x1 output a convolution takes 9 * n * c multiplies."""
+    site = ConvSite("a", n, c, (3, 3), (1, 1), (1, 1), True, 1, ((1, c, 1, 1),))
     model = {"a": nn.Conv2d(16, 16, 3)}
     plan = make_plan((ConvSite("a", 16, 16, (3, 3), (1, 1), (1, 1), True, 1),), model, CompileOptions())
     assert dict(zip(HEADER, site_rows([site], plan)[0], strict=True))["direct"] == expected

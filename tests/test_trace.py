@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tests.graphs import Net, conv, run_traced, site_paths
 from wsp_compiler.errors import InputError, ModelError
-from wsp_compiler.trace import example_call, trace
+from wsp_compiler.trace import TracedModel, example_call, trace
 
 X = torch.linspace(-1, 1, 2 * 4 * 6 * 5).view(2, 4, 6, 5)
 
@@ -299,6 +299,16 @@ def test_a_root_convolution_with_more_arguments() -> None:
     traced = trace(model, {"input": X, "scale": 5.0})
     torch.testing.assert_close(run_traced(traced, X, 3.0), model(X, 3.0))
     torch.testing.assert_close(run_traced(traced, X), model(X))
+
+
+def test_the_owner_of_a_path_is_the_innermost_module() -> None:
+    traced = TracedModel(nn.Sequential(), untraced={"": "root", "a": "a", "a.b": "b"})
+    traced.units["c"] = traced.units["a.b.c"] = fx.symbolic_trace(nn.ReLU())
+    owners = {path: traced.owner(path) for path in ("ab", "a.x", "a.bc", "a.b.x", "a.b.c.d", "c", "cd.e")}
+    assert owners == {
+        "ab": "", "a.x": "a", "a.bc": "a", "a.b.x": "a.b", "a.b.c.d": "a.b.c", "c": "c", "cd.e": "",
+    }  # fmt: skip
+    assert TracedModel(nn.Sequential()).owner("a") is None
 
 
 def test_functional_convolutions_are_not_sites() -> None:

@@ -141,7 +141,7 @@ def test_scratch_memory_of_another_layer_does_no_harm():
 
 
 def test_threads_of_the_pool_follow_torch(monkeypatch: pytest.MonkeyPatch):
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[str, int, int]] = []
     monkeypatch.setattr(
         cpu_launch.tvm, "get_global_func", lambda name: lambda *args: asked.append((name, *args))
     )

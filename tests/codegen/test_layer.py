@@ -172,5 +172,5 @@ def test_the_dtype_is_the_weights_outside_autocast():
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     layer.dtype = None  # a layer that a custom pass made: any dtype it can compute in
     assert layer(x).dtype == torch.float32
-    with pytest.raises(InputError, match="float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(InputError, match=r"float32, float16 or bfloat16, got torch\.float64"):
         layer(x.double())

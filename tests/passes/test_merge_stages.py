@@ -108,8 +108,6 @@ WRITES: dict[str, Callable[..., Any]] = {
     "torch function": lambda net, x: torch.relu_(x),
     "functional": lambda net, x: F.relu_(x),
     "inplace by name": lambda net, x: F.relu(x, inplace=True),
-    "inplace by position": lambda net, x: F.relu(x, True),
-    "leaky inplace by position": lambda net, x: F.leaky_relu(x, 0.1, True),
     "out": lambda net, x: torch.mul(x, 2, out=x),
     "module": lambda net, x: net.act(x),
     "module with a hook": lambda net, x: net.hooked(x),
@@ -178,6 +176,19 @@ def test_fires_across_what_only_reads(name: str) -> None:
     assert rewrites.declined == ()
     assert "winograd_conv2d" in case.calls
     case.assert_equals_model(X)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inplace_given_by_position(inplace: bool) -> None:
+    """torch.fx records it by name; a pass may not."""
+    case = lowered(Between(lambda net, x: None))
+    output = stage(case, OUTPUT_TRANSFORM)
+    with case.gm.graph.inserting_before(output):
+        case.gm.graph.call_function(F.leaky_relu, (arguments(output)["x"], 0.1, inplace))
+    if inplace:
+        assert_does_not_fire(case)
+    else:
+        assert case.run(MergeStages()).count == 1
 
 
 def test_a_module_that_is_not_pytorchs_may_write() -> None:
