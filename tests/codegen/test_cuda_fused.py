@@ -68,6 +68,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         dict(filters=256, channels=32, method="wsp", pr=0.6, activation="relu6", height=5, width=5, batch=1),
         dict(tiles=16, groups=4, channel_slice=32),
     ),
+    "96 filters: three 32-filter blocks on eight warps": (
+        dict(filters=96, channels=64, pr=0.7, height=9, width=6),
+        dict(tiles=16),
+    ),
+    "288 filters: nine blocks on eight warps": (
+        dict(filters=288, channels=32, pr=0.8, height=5, width=4, batch=1),
+        dict(tiles=16, channel_slice=32),
+    ),
     "filters pruned, one pixel": (
         dict(filters=32, channels=32, method="fp", height=1, width=1, batch=3),
         dict(tiles=16, channel_slice=32),

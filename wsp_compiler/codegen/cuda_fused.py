@@ -186,26 +186,28 @@ def make_fused(spec: KernelSpec, config: FusedConfig) -> Any:
             m = T.alloc_local((16,), "float32")
             half = T.alloc_local((8,), "float32")
             o = T.alloc_local((4,), "float32")
-            for k in T.unroll(16):
-                offset[k] = k * P * S + SLOT[k * n + f]
-            shift_by: T.let[T.float32] = BIAS[f]
-            slope_of: T.let[T.float32] = SLOPE[f]
-            for i0 in T.serial(P // TILE_GROUPS):
-                tl: T.let[T.int32] = T.truncdiv(warp, min(FB, WARPS)) * (P // TILE_GROUPS) + i0
+            # Where 32-filter blocks do not divide the warps evenly, the warps left over idle.
+            if T.And(T.truncdiv(warp, min(FB, WARPS)) < TILE_GROUPS, f < g * KG + KG):
                 for k in T.unroll(16):
-                    m[k] = arena[offset[k] + tl * S]
-                emit_transform(AT, m, half, o)
-                to: T.let[T.int32] = target[tl] + f
-                which: T.let[T.int32] = covers[tl]
-                for i in T.unroll(2):
-                    for j in T.unroll(2):
-                        need = T.meta_var(1 + j * 2 + i * 4)
-                        if T.bitwise_and(which, need) == need:
-                            o[i * 2 + j] = o[i * 2 + j] * factor + shift_by
-                            if residual:
-                                o[i * 2 + j] = o[i * 2 + j] + T.cast(R[to + (i * WO + j) * n], "float32")
-                            Y[to + (i * WO + j) * n] = T.cast(
-                                activate(o[i * 2 + j], activation, slope_of), "float16"
-                            )
+                    offset[k] = k * P * S + SLOT[k * n + f]
+                shift_by: T.let[T.float32] = BIAS[f]
+                slope_of: T.let[T.float32] = SLOPE[f]
+                for i0 in T.serial(P // TILE_GROUPS):
+                    tl: T.let[T.int32] = T.truncdiv(warp, min(FB, WARPS)) * (P // TILE_GROUPS) + i0
+                    for k in T.unroll(16):
+                        m[k] = arena[offset[k] + tl * S]
+                    emit_transform(AT, m, half, o)
+                    to: T.let[T.int32] = target[tl] + f
+                    which: T.let[T.int32] = covers[tl]
+                    for i in T.unroll(2):
+                        for j in T.unroll(2):
+                            need = T.meta_var(1 + j * 2 + i * 4)
+                            if T.bitwise_and(which, need) == need:
+                                o[i * 2 + j] = o[i * 2 + j] * factor + shift_by
+                                if residual:
+                                    o[i * 2 + j] = o[i * 2 + j] + T.cast(R[to + (i * WO + j) * n], "float32")
+                                Y[to + (i * WO + j) * n] = T.cast(
+                                    activate(o[i * 2 + j], activation, slope_of), "float16"
+                                )
 
     return winograd_fused
