@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from wsp_compiler.codegen import cuda_launch
 from wsp_compiler.codegen.cuda_fused_launch import DeviceLimits, choose_fused_config, fused_applies
+from wsp_compiler.codegen.cuda_launch import CudaLayer
+from wsp_compiler.codegen.spec import FusedConfig
 
-from .emulation import make_case
+from .emulation import TARGET, make_case
 
 H100 = DeviceLimits(132, 232448, 233472)
 RTX3090 = DeviceLimits(82, 101376, 102400)
@@ -58,3 +61,22 @@ def test_respects_shared_memory() -> None:
         config = choose_fused_config(case.spec, case.site, 10**5, RTX3090)
         if config is not None:
             assert config.shared_bytes * config.blocks_per_sm <= RTX3090.shared_per_sm
+
+
+def test_a_configuration_is_chosen_once_per_number_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing reads back from the device: a second call must not, or graph capture would fail."""
+    case = make_case(**HALF, pr=0.8)  # type: ignore[arg-type]
+    layer = CudaLayer(case.spec, case.site, None, TARGET)
+    calls: list[int] = []
+
+    def choose(spec: object, site: object, tiles: int, limits: object) -> FusedConfig:
+        calls.append(tiles)
+        return FusedConfig(32, 1, 16)
+
+    monkeypatch.setattr(cuda_launch, "device_limits", lambda index: H100)
+    monkeypatch.setattr(cuda_launch, "choose_fused_config", choose)
+    first = layer.fused_layer(case.x)
+    assert first is not None
+    assert layer.fused_layer(case.x) is first
+    assert layer.fused_layer(case.x[:1]) is first
+    assert calls == [2 * case.spec.tiles_per_image, case.spec.tiles_per_image]

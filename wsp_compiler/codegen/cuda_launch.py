@@ -143,16 +143,23 @@ class CudaLayer:
     def _fused(self) -> dict[FusedConfig, FusedLayer]:
         return {}
 
+    @cached_property
+    def _config_for(self) -> dict[int, FusedConfig | None]:
+        """Number of tiles -> configuration. Choosing one reads back from the device, so it is done once."""
+        return {}
+
     def fused_layer(self, x: Tensor) -> FusedLayer | None:
         """The fused kernel for input x, or None where three kernels have to do.
 
         Its configuration depends on the number of tiles, so batch sizes fall into a few buckets.
         """
-        dense = x.is_contiguous(memory_format=torch.channels_last)
-        if not dense or not fused_applies(self.spec):
+        if not fused_applies(self.spec) or not x.is_contiguous(memory_format=torch.channels_last):
             return None
         tiles = x.shape[0] * self.spec.tiles_per_image
-        config = choose_fused_config(self.spec, self.site, tiles, device_limits(x.device.index))
+        if tiles not in self._config_for:
+            limits = device_limits(x.device.index)
+            self._config_for[tiles] = choose_fused_config(self.spec, self.site, tiles, limits)
+        config = self._config_for[tiles]
         if config is None:
             return None
         if config not in self._fused:
