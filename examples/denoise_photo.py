@@ -165,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pr", type=float, nargs="+", default=[0.0, 0.3, 0.8], help="default: 0 0.3 0.8")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="float16: GPU")
-    parser.add_argument("--seconds", type=float, default=100.0, help="for the timed runs (default: 100)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the timed runs (default: 100)")
     parser.add_argument("--out", type=Path, default=Path("denoised.png"), help="default: denoised.png")
     parser.add_argument("--verbose", action="store_true", help="print the report of every compiled network")
     options = parser.parse_args(arguments)

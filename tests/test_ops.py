@@ -25,6 +25,12 @@ SHAPES = [  # batch, c, n, (H, W), padding
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other make small operations slow on a busy machine; undone in conftest."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(("batch", "c", "n", "size", "padding"), SHAPES)
 @pytest.mark.parametrize("tile", [2, 4])
 def test_dense_equals_conv2d(

@@ -13,6 +13,12 @@ from wsp_compiler import ops
 from wsp_compiler.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other make small operations slow on a busy machine; undone in conftest."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("input_last", [False, True])
 @pytest.mark.parametrize("weight_last", [False, True])
 @pytest.mark.parametrize("c", [1, 3, 16])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 from typing import Any
 
+import pytest
 import torch
+
+from benchmarks.results import geomean
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,3 +48,36 @@ def test_there_are_two_set_up_commands_and_ci_uses_the_second() -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    loaded: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "baselines"),
+    [
+        ("conv_layers_h100_fp16.json", ["cudnn_fp16"]),
+        ("conv_layers_h100_fp16.json", ["cudnn_winograd"]),
+        ("conv_layers_h100_fp32.json", ["cudnn_fp32", "cudnn_winograd"]),
+        ("conv_layers_h100_tf32.json", ["cudnn_tf32"]),
+    ],
+)
+def test_quoted_layer_ratios_are_those_of_the_results(name: str, baselines: list[str]) -> None:
+    ratios = [min(row["ratios"][label] for label in baselines) for row in rows(name)]
+    assert len(ratios) == 12
+    quoted = f"| {geomean(ratios):.2f}x | {min(ratios):.2f}x | {name} |"
+    assert quoted in README, quoted
+
+
+@pytest.mark.parametrize("baseline", ["eager", "torch_compile"])
+def test_quoted_network_ratios_are_those_of_the_results(baseline: str) -> None:
+    found = {row["name"]: row["ratios"][baseline] for row in rows("networks_h100_fp16.json")}
+    cases = [f"{network} N={batch} pr=0.8" for network in ("resnet18", "vgg16") for batch in (1, 32)]
+    quoted = " | ".join(f"{found[case]:.2f}x" for case in cases)
+    assert f"| {quoted} | networks_h100_fp16.json |" in README, quoted
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"@[a-z_.0-9]+@", README)

@@ -16,6 +16,12 @@ from wsp_compiler.trace import TracedModel, example_call, trace
 X = torch.linspace(-1, 1, 2 * 4 * 6 * 5).view(2, 4, 6, 5)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other make small operations slow on a busy machine; undone in conftest."""
+    torch.set_num_threads(1)
+
+
 def test_a_whole_model_is_one_unit() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(conv())).eval()
     traced = trace(model, X)

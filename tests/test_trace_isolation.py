@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
+import math
 import types
 from collections.abc import Callable
-from typing import Any
+from math import sqrt
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +20,12 @@ from wsp_compiler.errors import InputError, ModelError
 from wsp_compiler.trace import check_model, relative_error, trace
 
 X = torch.linspace(-1, 1, 2 * 4 * 6 * 5).view(2, 4, 6, 5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other make small operations slow on a busy machine; undone in conftest."""
+    torch.set_num_threads(1)
 
 
 class Encoder(Net):
@@ -273,3 +282,45 @@ def test_relative_error() -> None:
     assert relative_error(torch.zeros(2), a, floor=100.0) == pytest.approx(0.05)
     assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
     assert relative_error(torch.tensor([3 + 4j]), torch.tensor([3 + 3j])) == pytest.approx(0.2)
+
+
+class Registered(Net):
+    """A class that notes its subclasses, and asks something of them."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        Registered.known[key] = cls
+
+
+class Entry(Registered, key="entry"):
+    def forward(self, x: Tensor) -> Tensor:
+        assert type(self) is Entry
+        return self.conv(x) * sqrt(x.size(1))  # a function that takes no placeholder, in these globals
+
+
+def test_classes_do_not_notice() -> None:
+    model = InTurn(a=Entry(conv=conv()))
+    traced = trace(model, X)
+    assert list(traced.units) == ["a"]
+    torch.testing.assert_close(run_traced(traced, X), model(X))
+    assert isinstance(traced.assemble(traced.units).a, Entry)
+    assert list(trace(Entry(conv=conv())).units) == [""]
+    assert Registered.known == {"entry": Entry}
+    assert sqrt is math.sqrt
+
+
+def test_abstract_and_slotted_classes() -> None:
+    class Abstract(Net, abc.ABC):
+        @abc.abstractmethod
+        def forward(self, x: Tensor) -> Tensor: ...
+
+    class Concrete(Abstract):
+        __slots__ = ("slot",)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    model = InTurn(a=Concrete(conv=conv()))
+    assert list(trace(model, X).units) == ["a"]
+    assert list(trace(model.a, X).units) == [""]

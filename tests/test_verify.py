@@ -19,6 +19,12 @@ from wsp_compiler.verify import PlannedInterpreter, make_check, pruned_convoluti
 X = torch.randn(2, 4, 7, 6)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other make small operations slow on a busy machine; undone in conftest."""
+    torch.set_num_threads(1)
+
+
 def block() -> nn.Module:
     return randomise_norms(nn.Sequential(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4)))
 

@@ -7,6 +7,7 @@ a tensor.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -113,11 +114,31 @@ def example_call(example_inputs: Any) -> Call:
     return (example_inputs,), {}
 
 
-def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+def _root_of(module: nn.Module, call: CallSignature) -> nn.Module:
+    """What fx traces for ``module``: the same children, and a forward that takes the placeholders alone.
 
-    return forward
+    fx looks ``forward`` up on the root's class. A subclass of the user's class could be noticed by it.
+    """
+    values = {
+        name: name if name in call.placeholders else f"fixed[{name!r}]" for name in call.signature.parameters
+    }
+    arguments = [
+        values[name] if parameter.kind is parameter.POSITIONAL_ONLY else f"{name}={values[name]}"
+        for name, parameter in call.signature.parameters.items()
+    ]
+    scope: dict[str, Any] = {}
+    header = ", ".join(("_", *call.placeholders))
+    exec(
+        f"def make(forward_, fixed):\n def forward({header}): return forward_({', '.join(arguments)})\n return forward",
+        scope,
+    )
+    made = scope["make"](module.forward, dict(call.fixed))
+    # In the globals of the user's forward fx patches what cannot take placeholders: math.sqrt and the like.
+    user_globals = getattr(getattr(module.forward, "__func__", module.forward), "__globals__", {})
+    forward = types.FunctionType(made.__code__, user_globals, "forward", None, made.__closure__)
+    root = type("Root", (nn.Module,), {"forward": forward})()
+    root.__dict__.update(module.__dict__)
+    return root
 
 
 def _symbolic_trace(module: nn.Module, example: Call) -> tuple[fx.GraphModule, CallSignature]:
@@ -131,24 +152,8 @@ def _symbolic_trace(module: nn.Module, example: Call) -> tuple[fx.GraphModule, C
         given = tuple(graph.placeholder(name) for name in call.placeholders)
         graph.output(graph.call_module("conv", given, dict(call.fixed)))
         return fx.GraphModule(root, graph, class_name="Conv2dUnit"), call
-    original_class = type(module)
-    forward: Callable[..., Any] = original_class.forward
-    if "forward" in module.__dict__:  # replaced on this instance: takes no self
-        forward = _ignoring_self(module.__dict__.pop("forward"))
-    values = {
-        name: name if name in call.placeholders else f"_fixed[{name!r}]" for name in call.signature.parameters
-    }
-    arguments = [
-        values[name] if parameter.kind is parameter.POSITIONAL_ONLY else f"{name}={values[name]}"
-        for name, parameter in call.signature.parameters.items()
-    ]
-    scope: dict[str, Any] = {"_forward": forward, "_fixed": dict(call.fixed)}
-    header = ", ".join(("self", *call.placeholders))
-    exec(f"def forward({header}): return _forward({', '.join(('self', *arguments))})", scope)
-    # fx looks forward up on the class; an own subclass leaves the user's alone.
-    module.__class__ = type(original_class.__name__, (original_class,), {"forward": scope["forward"]})
-    graph = ConvTracer().trace(module)
-    return fx.GraphModule(module, graph, class_name=original_class.__name__), call
+    root = _root_of(module, call)
+    return fx.GraphModule(root, ConvTracer().trace(root), class_name=type(module).__name__), call
 
 
 def _trace_tree(traced: TracedModel, module: nn.Module, path: str, example: Call, seen: set[int]) -> None:
@@ -166,9 +171,7 @@ def _trace_tree(traced: TracedModel, module: nn.Module, path: str, example: Call
 
 
 def _trace_children(traced: TracedModel, module: nn.Module, path: str, seen: set[int]) -> None:
-    if (
-        "forward" in module.__dict__
-    ):  # replaced on the instance, it may refer to these children, not to clones
+    if "forward" in module.__dict__:  # replaced on the instance: it may call these children, not their clones
         return
     for name, child in module.named_children():
         _trace_tree(traced, child, f"{path}.{name}" if path else name, ((), {}), seen)

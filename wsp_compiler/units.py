@@ -81,6 +81,9 @@ class TracedUnit(nn.Module):
         self.__dict__["original"] = original  # not registered: its tensors are the graph module's
         self.training = original.training
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keeps classes made by :func:`make_unit` from the original's own ``__init_subclass__``."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph_module(*self.call.bind(args, kwargs))
 

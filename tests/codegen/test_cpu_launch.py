@@ -120,7 +120,7 @@ def test_every_element_of_the_output_is_written(monkeypatch: pytest.MonkeyPatch)
     plain = CpuLayer.empty_output
     monkeypatch.setattr(CpuLayer, "empty_output", lambda self, x: plain(self, x).fill_(torch.nan))
     for last in (False, True):
-        for height, width in ((1, 1), (5, 2), (7, 17), (4, 33)):
+        for height, width in ((5, 2), (4, 33)):
             x = torch.randn(2, 16, height, width)
             x = x.contiguous(memory_format=torch.channels_last) if last else x
             cpu = layer_of(nn.Conv2d(16, 19, 3, padding=1), x)
