@@ -347,6 +347,18 @@ def test_a_cuda_target_without_cuda_is_an_error(target: Any):
         wsp_compiler.compile(small_network(), target=target)
 
 
+@pytest.mark.cuda
+def test_a_model_on_the_cpu_is_copied_to_the_target():
+    model, x = small_network(), torch.randn(2, 3, 8, 8)
+    compiled = wsp_compiler.compile(
+        model, 0, method="dense", precision="fp32", target="cuda", example_inputs=x
+    )
+    y = compiled(x.cuda())
+    assert y.is_cuda
+    assert next(model.parameters()).device == x.device
+    assert relative_error(y.cpu(), model(x)) < 1e-3
+
+
 def test_models_that_cannot_be_compiled():
     with pytest.raises(errors.ModelError, match=r"(?s)train mode.*model.eval\(\)"):
         wsp_compiler.compile(small_network().train())

@@ -505,3 +505,38 @@ def test_the_graph_runs_in_plain_pytorch():
     assert isinstance(compiled.graph_module, fx.GraphModule)
     assert "winograd_conv2d" in compiled.graph_module.code
     assert_close(compiled(x), compiled.graph_module(x), 1e-4)
+
+
+def test_a_models_own_attribute_named_kernels_is_kept() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.ModuleList([nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kernels[1](self.kernels[0](x))
+
+    model, x = Named().eval(), torch.randn(1, 16, 9, 9)
+    compiled = wsp_compiler.compile(model, method="dense", example_inputs=(x,))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unbatched_call_with_a_scalar_residual_keeps_its_dtype() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3)
+            self.register_buffer("shift", torch.tensor(0.5, dtype=torch.float32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.shift
+
+    model = Shifted().eval()
+    model.conv.bfloat16()
+    x = torch.randn(16, 8, 8).bfloat16()
+    compiled = wsp_compiler.compile(model, method="dense")
+    with torch.no_grad():
+        expected = model(x)
+    assert compiled(x).dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(compiled(x).float(), expected.float(), rtol=0.1, atol=0.05)

@@ -1,9 +1,9 @@
 """A compiler for Winograd-structured-pruned convolutional networks.
 
-    import wsp_compiler
-    compiled = wsp_compiler.compile(model.eval(), pr=0.8, example_inputs=(x,))
-    y = compiled(x)
-    print(compiled.report())
+import wsp_compiler
+compiled = wsp_compiler.compile(model.eval(), pr=0.8, example_inputs=(x,))
+y = compiled(x)
+print(compiled.report())
 """
 
 from __future__ import annotations

@@ -88,12 +88,15 @@ def emit(
     graph = copy.deepcopy(gm.graph)
     emitted = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     count = 0
+    home = "kernels"
+    while hasattr(gm, home):  # the model's own attributes keep their names
+        home += "_"
 
     def call(node: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         nonlocal count
-        emitted.add_submodule(f"kernels.{count}", module)
+        emitted.add_submodule(f"{home}.{count}", module)
         with graph.inserting_before(node):
-            new = graph.call_module(f"kernels.{count}", args)
+            new = graph.call_module(f"{home}.{count}", args)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -112,8 +115,10 @@ def emit(
             V = arguments(M)["V"]
             if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:
                 continue
-            layer, given = _layer(gm, node, target, precision, dtypes), arguments(node)
-            x = arguments(V)["x"]
+            given, first = arguments(node), arguments(V)
+            if any(given[name] != first[name] for name in ("x", "padding", "tile")):
+                continue
+            layer, x = _layer(gm, node, target, precision, dtypes), first["x"]
             new_V = call(V, Stage(layer, "input_transform"), (x,))
             new_M = call(M, Stage(layer, "sparse_bgemm"), (new_V, x))
             call(node, Stage(layer, "output_transform"), (new_M, x, given["residual"]))

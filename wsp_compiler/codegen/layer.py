@@ -186,8 +186,7 @@ class WinogradLayer(nn.Module):
         The output has the memory format of ``like``, by default of x.
         """
         if _unbatched(x):
-            residual = None if residual is None else residual.unsqueeze(0)
-            return self.forward(x.unsqueeze(0), residual).squeeze(0)
+            return self.forward(x.unsqueeze(0), _batched(residual)).squeeze(0)
         x, layer = self._prepare(x, residual is not None, like=like)
         if residual is None or _fits(residual, x, layer.spec):
             return layer.run(x, residual)
@@ -211,8 +210,7 @@ class WinogradLayer(nn.Module):
     def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
         """The layer's output from M."""
         if _unbatched(x):
-            residual = None if residual is None else residual.unsqueeze(0)
-            return self.output_transform(M, x.unsqueeze(0), residual).squeeze(0)
+            return self.output_transform(M, x.unsqueeze(0), _batched(residual)).squeeze(0)
         x, layer = self._prepare(x, residual is not None)
         if residual is None or _fits(residual, x, layer.spec):
             return layer.output_transform(M, x, residual)
@@ -222,6 +220,11 @@ class WinogradLayer(nn.Module):
 
 def _unbatched(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.dim() == 3  # pyright: ignore[reportUnnecessaryIsInstance]
+
+
+def _batched(residual: Tensor | None) -> Tensor | None:
+    """The residual of an unbatched call; one with fewer dimensions broadcasts as it is."""
+    return residual.unsqueeze(0) if residual is not None and residual.dim() == 3 else residual
 
 
 def _fits(residual: Tensor, x: Tensor, spec: KernelSpec) -> bool:
