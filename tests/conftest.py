@@ -1,4 +1,4 @@
-"""What every test gets: a kernel cache of its own, a fixed seed, two threads; CUDA tests need a GPU."""
+"""What every test gets: a kernel cache of its own, a fixed seed, one or two threads; CUDA tests need a GPU."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 
 
 @pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """A fixed seed and two intra-op threads for every test."""
+def _torch_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixed seed, and two intra-op threads; one where pytest-xdist runs tests side by side."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if hasattr(request.config, "workerinput") else 2)
     yield
     torch.set_num_threads(threads)
