@@ -93,7 +93,7 @@ def suggest_channels_last(x: Tensor) -> bool:
 
 def is_channels_last(weight: Tensor) -> bool:
     """True if a convolution with ``weight`` returns channels_last tensors whatever its input is."""
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return suggest_channels_last(weight)
 
 
 def _images(x: Tensor) -> Tensor:

@@ -57,3 +57,23 @@ def test_does_not_fire_on_channels_last_weights() -> None:
     record = next(record for record in compiled.record.passes if record.name == "assign_layout")
     assert record.rewrites.count == 0
     assert compiled(torch.randn(1, 16, 9, 9)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_of_one_channel_count_as_channels_last() -> None:
+    """With a size-1 dimension both formats are contiguous; PyTorch decides by the strides."""
+    model = nn.Conv2d(1, 16, 3, padding=1).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 8, 8)
+    rule = wsp_compiler.PruneRule(".*")
+    with torch.no_grad():
+        assert wsp_compiler.compile(model, method="dense", rules=[rule])(x).stride() == model(x).stride()
+
+
+def test_does_nothing_where_stages_are_not_merged() -> None:
+    model = Chain().eval()
+    passes = wsp_compiler.pipeline.without("merge_stages")
+    compiled = wsp_compiler.compile(model, method="dense", passes=passes)
+    record = next(record for record in compiled.record.passes if record.name == "assign_layout")
+    assert record.rewrites.count == 0
+    x = torch.randn(1, 16, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)

@@ -4,6 +4,8 @@ rewrite:
     a = wsp::winograd_conv2d(x)           ->  a = wsp::winograd_conv2d(x, channels_last=True)
     b = wsp::winograd_conv2d(a)               b = wsp::winograd_conv2d(a, like=x)
 
+Stages that are not merged keep the model's format.
+
 Kernels read and write either format, but channels_last is the faster one on both targets. A chain of lowered layers
 converts at its entry and its exit, inside the kernels there; the exit's output has the format the model would have
 given it, which is that of the value that entered the chain.
@@ -28,7 +30,7 @@ class AssignLayout(PassBase):
     """See the module's docstring."""
 
     name: str = field(default="assign_layout", init=False)
-    requires: tuple[str, ...] = field(default=("merged",), init=False)
+    after: tuple[str, ...] = field(default=("lowered", "merge_stages"), init=False)
 
     def run(self, gm: fx.GraphModule, plan: PruningPlan) -> Rewrites:
         """Set ``channels_last`` inside chains and ``like`` at their exits."""
