@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,8 +166,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pr", type=float, nargs="+", default=[0.0, 0.3, 0.8], help="default: 0 0.3 0.8")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="float16: GPU")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the timed runs (default: 100)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the timed runs (default: 60)")
     parser.add_argument("--out", type=Path, default=Path("denoised.png"), help="default: denoised.png")
+    parser.add_argument("--json", type=Path, help="also write the table with device, versions and commit")
     parser.add_argument("--verbose", action="store_true", help="print the report of every compiled network")
     options = parser.parse_args(arguments)
     if not all(0 <= pr < 1 for pr in options.pr):
@@ -231,8 +233,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if any(pr > 0 for pr in options.pr):
         print(f"\n{WARNING}")
+    if options.json:
+        write_json(options, outcomes, arguments)
     write_picture(clean, outcomes, options.out)
     print(f"\nWrote {options.out}: " + " | ".join(["clean photo", *(outcome.label for outcome in outcomes)]))
+
+
+def write_json(
+    options: argparse.Namespace, outcomes: Sequence[Outcome], arguments: Sequence[str] | None
+) -> None:
+    """Write the table's rows as a benchmark record."""
+    from benchmarks.results import new_record
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    record = new_record("examples.denoise_photo", given, options.device)
+    for outcome in outcomes:
+        record.rows.append(
+            {
+                "label": outcome.label,
+                "psnr_db": outcome.decibels,
+                "median_ms": outcome.median,
+                "photo": options.photo,
+            }
+        )
+    record.save(options.json)
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
