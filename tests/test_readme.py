@@ -80,5 +80,19 @@ def test_quoted_network_ratios_are_those_of_the_results(baseline: str) -> None:
     assert f"| {quoted} | networks_h100_fp16.json |" in README, quoted
 
 
+def test_quoted_main_job_figures_are_those_of_the_results() -> None:
+    found = {row["label"]: row for row in rows("denoise_photo_cpu.json")}
+    text = " ".join(README.split())
+    eager, dense, pruned = (
+        found[key] for key in ("PyTorch eager, dense", "compiled, pr=0", "compiled, pr=0.8")
+    )
+    assert (
+        f"PyTorch {eager['median_ms']:.0f} ms, compiled {dense['median_ms']:.0f} ms at pr=0 and "
+        f"{pruned['median_ms']:.0f} ms at pr=0.8"
+    ) in text
+    for row in found.values():
+        assert f"{row['psnr_db']:.2f}" in text
+
+
 def test_no_placeholder_is_left() -> None:
     assert not re.search(r"@[a-z_.0-9]+@", README)

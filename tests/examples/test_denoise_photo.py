@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,15 @@ def test_wrong_options_are_refused(command: str, message: str, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         denoise_photo.parse(command.split())
     assert message in capsys.readouterr().err
+
+
+def test_json_record_holds_the_table(tmp_path: Path) -> None:
+    options = denoise_photo.parse(["--photo", "camera", "--device", "cpu"])
+    outcome = denoise_photo.Outcome("compiled, pr=0.3", torch.zeros(1, 1, 4, 4), 21.5, (3.0, 1.0, 2.0))
+    options.json = tmp_path / "record.json"
+    denoise_photo.write_json(options, [outcome], ["--photo", "camera"])
+    record = json.loads(options.json.read_text())
+    assert record["command"] == "python -m examples.denoise_photo --photo camera"
+    assert record["rows"] == [
+        {"label": "compiled, pr=0.3", "psnr_db": 21.5, "median_ms": 2.0, "photo": "camera"}
+    ]
