@@ -92,6 +92,17 @@ def test_float16_stays_finite_for_the_largest_inputs() -> None:
     assert_close(y, case.truth("output"), 1e-2)
 
 
+@pytest.mark.parametrize("tile", [2, 4])
+def test_float16_keeps_its_accuracy_on_small_inputs(tile: int) -> None:
+    """The scale that avoids overflow must not push ordinary small activations into subnormals."""
+    case = make_case(
+        dtype="float16", precision="fp16", tile=tile, method="dense", filters=16, height=6, width=6
+    )
+    case.x.mul_(1e-3)
+    case.site.bias.zero_()
+    assert_close(emulate_layer(case)["y"], case.truth("output"), TOLERANCE["fp16", tile])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_nan_propagates_through_the_activation(precision: str) -> None:
     dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, "float32")
