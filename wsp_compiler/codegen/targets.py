@@ -12,8 +12,6 @@ import torch
 
 from wsp_compiler.errors import TargetError
 
-CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
-
 
 @dataclass(frozen=True)
 class CodeTarget:

@@ -1,4 +1,4 @@
-"""The one place that imports tvm: a faster import, and warnings of the library kept quiet.
+"""The one place that imports tvm: with a faster import.
 
 Parsing a TVMScript function calls ``inspect.stack()``, which scans all of ``sys.modules`` once per frame of
 a frozen importer; answering those frames at once takes ``import tvm`` from many seconds to under two.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +21,6 @@ def _getmodule(object: Any, _filename: str | None = None) -> ModuleType | None:
 
 
 inspect.getmodule = _getmodule
-os.environ.setdefault("TVM_LOG_DEBUG", "")
 tvm: Any = importlib.import_module("tvm")
 T: Any = importlib.import_module("tvm.script.tirx")
 
