@@ -37,7 +37,12 @@ RESNET18 = _square("resnet18", [(64, 56), (128, 28), (256, 14), (512, 7)])
 VGG16 = _square("vgg16", [(64, 224), (128, 112), (256, 56), (512, 28)])
 SUPERRES = (ConvCase("64@360x640", 64, 64, 360, 640, "superres"),)
 
-GROUPS: dict[str, tuple[ConvCase, ...]] = {"resnet18": RESNET18, "vgg16": VGG16, "superres": SUPERRES}
+GROUPS: dict[str, tuple[ConvCase, ...]] = {
+    "resnet18": RESNET18,
+    "vgg16": VGG16,
+    "eight": (*RESNET18, *VGG16),
+    "superres": SUPERRES,
+}
 CASES: dict[str, ConvCase] = {case.name: case for cases in GROUPS.values() for case in cases}
 
 # The set the kernels were designed on: its batch sizes belong to it.

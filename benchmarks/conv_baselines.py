@@ -2,7 +2,8 @@
 
 CUDA: `cudnn_winograd` (WINOGRAD_NONFUSED forced), and PyTorch's conv2d with cuDNN trying all its algorithms:
 `cudnn_fp32`, `cudnn_tf32`, `cudnn_fp16`, for bf16 models also `cudnn_bf16`.
-CPU: PyTorch's conv2d (oneDNN): `torch_fp32`, for bf16 models also `torch_bf16`.
+CPU: PyTorch's conv2d (oneDNN): `torch_fp32`, for bf16 models also `torch_bf16`; and those of
+:mod:`benchmarks.cpu_peers`.
 Every conv2d is tried in both memory formats; the faster counts.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import relative_l2
 from benchmarks.arguments import DTYPES
+from benchmarks.cpu_peers import makers
 from benchmarks.cudnn_winograd import WinogradNonfused
 from benchmarks.timing import Call
 
@@ -87,6 +89,9 @@ def variants(device: str, precision: str, weight: Tensor) -> tuple[Variant, ...]
     library = "torch" if device == "cpu" else "cudnn"
     timed = ["fp32", *low] if device == "cpu" else ["fp32", "tf32", "fp16", *low]
     found = [_conv2d(f"{library}_{p}", p, layout, weight) for p in timed for layout in FORMATS]
-    if device != "cpu":
+    if device == "cpu":
+        peers = makers(weight).items()
+        found += [Variant(name, "fp32", layout, make) for name, (layout, make) in peers]
+    else:
         found.insert(0, _winograd("fp16" if precision in ("fp16", "bf16") else "fp32", weight))
     return tuple(found)

@@ -96,7 +96,8 @@ class WinogradNonfused:
     """`call(x)` = 3x3, stride 1, padding 1 convolution by one named cuDNN algorithm, without bias.
 
     x: [n, c, h, w] and weight: [k, c, 3, 3], both fp32 or both fp16, contiguous (NCHW), on one GPU.
-    The output, [n, k, h, w], is the same tensor at every call. `CudnnError` tells what cuDNN refuses.
+    The output, [n, k, h, w], is the same tensor at every call unless one is given. `CudnnError` tells what cuDNN
+    refuses.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, algorithm: str | int = "WINOGRAD_NONFUSED") -> None:
@@ -140,8 +141,9 @@ class WinogradNonfused:
         self.output = torch.empty((n, k, h, w), dtype=x.dtype, device=x.device)  # [n, k, h, w]
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, output: Tensor | None = None) -> Tensor:
         """x: [n, c, h, w], as at construction -> [n, k, h, w]; runs on PyTorch's current stream."""
+        output = self.output if output is None else output
         if x.shape != self.shape or x.dtype != self.dtype or not x.is_contiguous():
             raise ValueError(f"made for contiguous {self.dtype} {list(self.shape)}, got {list(x.shape)}")
         lib, (dx, dy, dw, conv) = library(), self._handles.descriptors
@@ -160,7 +162,7 @@ class WinogradNonfused:
             self._workspace_bytes,
             ctypes.byref(self._zero),
             dy,
-            ctypes.c_void_p(self.output.data_ptr()),
+            ctypes.c_void_p(output.data_ptr()),
         )
         _check(status, self._what)
-        return self.output
+        return output

@@ -121,6 +121,28 @@ def _read(name: str, *, mode: str, scale: float) -> Tensor:
     return values.unsqueeze(0) if mode == "L" else values.permute(2, 0, 1).contiguous()
 
 
+def calibration_crops(count: int = 8, side: int = 128) -> Tensor:
+    """Noisy square crops of the calibration photos, spread evenly over them; the same at every call.
+
+    Args:
+        count: of crops, taken from the photos in turn.
+        side: in pixels. Small crops are mostly border, which large photos are not: 128 is enough for the denoiser.
+
+    Returns:
+        [count, 1, side, side], float32.
+    """
+    crops: list[Tensor] = []
+    for index in range(count):
+        photo = load(CALIBRATION[index % len(CALIBRATION)])
+        turn, places = index // len(CALIBRATION), -(-count // len(CALIBRATION))
+        top, left = (
+            int((extent - side) * (turn * step % places + 0.5) / places)
+            for extent, step in ((photo.shape[2], 3), (photo.shape[3], 1))
+        )
+        crops.append(noisy(photo[:, :, top : top + side, left : left + side], seed=100 + index))
+    return torch.cat(crops)
+
+
 def noisy(photo: Tensor, sigma: float = SIGMA, seed: int = 0) -> Tensor:
     """The photo with Gaussian noise added; not clipped to [0, 1], as is usual in the literature.
 

@@ -25,6 +25,7 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
     folder = (base.parent if hasattr(request.config, "workerinput") else base) / "wsp_kernels"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WSP_CACHE_DIR", str(folder))
+        patch.setenv("WSP_TABLE_DIR", "")  # decisions must not depend on the machine's speed
         patch.delenv("WSP_DUMP", raising=False)
         yield folder
 

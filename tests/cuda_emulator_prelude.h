@@ -884,6 +884,20 @@ EMULATOR_PACKED_HALF(mul_f16x2, __hmul2)
 EMULATOR_PACKED_HALF(max_f16x2, __hmax2)
 EMULATOR_PACKED_HALF(min_f16x2, __hmin2)
 EMULATOR_PACKED_HALF(fma_f16x2, __hfma2)
+template <class Register> void fma_bf16x2(Register& d, uint32_t a, uint32_t b, uint32_t c) {
+  d = bit_cast<Register>(__hfma2(bit_cast<nv_bfloat162>(a), bit_cast<nv_bfloat162>(b), bit_cast<nv_bfloat162>(c)));
+}
+// NaN if either operand is; max(-0, +0) is +0, as on the device.
+inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b || (a == b && !__builtin_signbit(a)) ? a : b; }
+inline float min_nan(float a, float b) { return -max_nan(-a, -b); }
+template <class Pair, class Register> void max_nan_x2(Register& d, uint32_t a, uint32_t b) {
+  Pair x = bit_cast<Pair>(a), y = bit_cast<Pair>(b);
+  d = bit_cast<Register>(Pair{decltype(x.x)(max_nan(x.x, y.x)), decltype(x.x)(max_nan(x.y, y.y))});
+}
+template <class Pair, class Register> void min_nan_x2(Register& d, uint32_t a, uint32_t b) {
+  Pair x = bit_cast<Pair>(a), y = bit_cast<Pair>(b);
+  d = bit_cast<Register>(Pair{decltype(x.x)(min_nan(x.x, y.x)), decltype(x.x)(min_nan(x.y, y.y))});
+}
 
 }  // namespace emulator
 

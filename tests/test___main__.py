@@ -105,6 +105,7 @@ def test_weights_are_loaded(suffix: str, tmp_path: Path):
 def test_rules():
     assert parse_rule("layer1.*:pr=0.5,tile=4") == PruneRule("layer1.*", pr=0.5, tile=4)
     assert parse_rule("(?:a|b): method=fp") == PruneRule("(?:a|b)", method="fp")
+    assert parse_rule("a:tile=auto,block=32") == PruneRule("a", tile="auto", block=32)
     assert parse_rule("x:skip") == PruneRule("x", skip=True)
     assert parse_rule("x:direction=column,skip=false") == PruneRule("x", direction="column")
 
@@ -121,6 +122,8 @@ MISTAKES = {
     "pr": ([SMALL, "--pr", "1"], "pr=1.0"),
     "method": ([SMALL, "--method", "bswp"], "did you mean 'bwsp'"),
     "tile": ([SMALL, "--tile", "3"], "unknown tile 3"),
+    "tune": ([SMALL, "--tune", "slowly"], "unknown tune 'slowly'"),
+    "block": ([SMALL, "--block", "0"], "block=0"),
     "precision": ([SMALL, "--precision", "tf32"], "use 'fp32' or 'bf16'"),
     "target": ([SMALL, "--target", "gpu"], "unknown target 'gpu'"),
     "target JSON": ([SMALL, "--target", "{kind"], "malformed JSON"),

@@ -311,7 +311,7 @@ MISTAKES: list[tuple[dict[str, Any], type[errors.WspError], str]] = [
     ({"method": "bswp"}, errors.OptionError, "did you mean 'bwsp'"),
     ({"direction": "rows"}, errors.OptionError, "'rows'"),
     ({"tile": 3}, errors.OptionError, "tile 3"),
-    ({"importance": "l1"}, errors.OptionError, "'l1'"),
+    ({"importance": "l7"}, errors.OptionError, "'l7'"),
     ({"precision": "fp8"}, errors.OptionError, "'fp8'"),
     ({"precision": "tf32"}, errors.OptionError, "CPU.*fix: use 'fp32' or 'bf16'"),
     ({"precision": "fp16"}, errors.OptionError, "CPU"),
@@ -382,3 +382,16 @@ def test_damaged_plans_are_refused():
     for text in ("", "[]", json.dumps(record), plan.to_json().replace('"version": 1', '"version": 99')):
         with pytest.raises(errors.PlanError, match="not a pruning plan"):
             PruningPlan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rest": "fast"}, "unknown rest 'fast'"),
+        ({"cuda_graph": 1}, "cuda_graph is a int, not a bool"),
+        ({"cuda_graph": True}, "cuda_graph=True on the CPU"),
+    ],
+)
+def test_how_the_rest_runs_is_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.OptionError, match=message):
+        wsp_compiler.compile(nn.Conv2d(16, 16, 3).eval(), 0.5, **options)

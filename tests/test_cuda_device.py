@@ -186,6 +186,97 @@ def test_fused_kernel_and_its_epilogues(filters: int) -> None:
         assert "winograd_fused" in compiled.kernel_source("conv")
 
 
+class Residual(nn.Module):
+    """A convolution of 64 channels, an add and an activation."""
+
+    def __init__(self, precision: str, filters: int = 64) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(64, filters, 3, padding=1)
+        self.cuda().to(DTYPE[precision]).eval()
+
+    def forward(self, x: Tensor, identity: Tensor) -> Tensor:
+        return F.leaky_relu(self.conv(x) + identity, 0.2)
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+PRECISION_TILES = list(itertools.product(("fp16", "bf16", "tf32", "fp32"), (2, 4)))
+
+
+@pytest.mark.parametrize(("precision", "tile"), PRECISION_TILES)
+def test_fused_in_every_precision_and_tile(precision: str, tile: int) -> None:
+    """Ragged sizes, one pixel, no image, a residual in either format, a misaligned view of the input."""
+    block, dtype = Residual(precision), DTYPE[precision]
+    options: Any = dict(precision=precision, tile=tile, keep_slower=True)
+    compiled = wsp_compiler.compile(block, 0.7, **options)
+    for batch, height, width in ((1, 7, 7), (2, 13, 20), (3, 1, 1), (32, 28, 28), (0, 8, 8)):
+        x = last(torch.randn(batch, 64, height, width, device="cuda").to(dtype))
+        identity = torch.randn(batch, 64, height, width, device="cuda").to(dtype)
+        y = compiled(x, identity)
+        assert y.shape == (batch, 64, height, width)
+        kept = kept_convolution(x, block.conv, compiled.plan["conv"].keep, tile, (1, 1))
+        truth = F.leaky_relu(kept + identity.double().cpu(), 0.2)
+        assert_close(y, truth, TOLERANCE[precision][tile // 4])
+        assert torch.equal(y, compiled(x, last(identity)))
+        if batch:
+            memory = torch.empty(x.numel() + 8, device="cuda", dtype=dtype)
+            moved = memory[2 : 2 + x.numel()].as_strided(x.shape, x.stride()).copy_(x)
+            assert moved.data_ptr() % 16
+            assert torch.equal(y, compiled(moved, identity))
+    assert "winograd_fused" in compiled.kernel_source("conv")
+
+
+@pytest.mark.parametrize(("precision", "tile"), PRECISION_TILES)
+def test_fused_candidates_agree(precision: str, tile: int) -> None:
+    """A sample of the configurations, so that every knob runs on the device."""
+    from wsp_compiler.codegen.candidates import Candidate
+    from wsp_compiler.codegen.cuda_launch import CudaLayer
+    from wsp_compiler.codegen.layer import WinogradLayer
+
+    conv = nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=DTYPE[precision]).eval()
+    compiled = wsp_compiler.compile(conv, 0.7, precision=precision, tile=tile, keep_slower=True)
+    x = last(torch.randn(2, 64, 15, 22, device="cuda").to(DTYPE[precision]))
+    compiled(x)
+    (layer,) = compiled.layers()
+    assert isinstance(layer, WinogradLayer)
+    (cuda,) = layer._state["layers"].values()
+    assert isinstance(cuda, CudaLayer)
+    truth = kept_convolution(x, conv, compiled.plan[""].keep, tile, (1, 1))
+    tiles = 2 * cuda.spec.tiles_per_image
+    fused: list[Candidate] = [c for c in cuda.candidates(tiles) if c.kind == "fused"]
+    assert len(fused) >= 4
+    for candidate in fused[:: max(1, len(fused) // 8)]:
+        cuda.use(candidate, tiles)
+        assert_close(cuda.run(x, None), truth, TOLERANCE[precision][tile // 4])
+
+
+@pytest.mark.parametrize(("precision", "tile"), [("fp16", 4), ("bf16", 2), ("fp32", 4)])
+def test_fused_on_two_streams_and_in_a_graph(precision: str, tile: int) -> None:
+    block, dtype = Residual(precision), DTYPE[precision]
+    compiled = wsp_compiler.compile(block, 0.7, precision=precision, tile=tile, keep_slower=True)
+    inputs = [last(torch.randn(4, 64, 28, 28, device="cuda").to(dtype)) for _ in range(2)]
+    expected = [compiled(x, x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    results: list[tuple[Tensor, Tensor]] = []
+    for _ in range(20):
+        for stream, x, y in zip(streams, inputs, expected, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((compiled(x, x), y))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, truth) for y, truth in results)
+    static = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = compiled(static, static)
+    for x, y in zip(inputs, expected, strict=True):
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(output, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_two_streams(dtype: torch.dtype) -> None:
     conv = nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).eval()
@@ -289,3 +380,20 @@ def test_autocast_and_other_devices() -> None:
         copy.deepcopy(model).cpu(), 0, method="dense", target="cuda", precision="fp32"
     )
     assert moved(x).device == x.device
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_resnet18_with_the_rest_fused_as_one_graph(rest: str, dtype: torch.dtype) -> None:
+    """Vendor's fused convolutions or torch.compile, captured; against the graph in float64."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval().cuda().to(dtype)
+    compiled = wsp_compiler.compile(model, 0.6, rest=rest, cuda_graph=True, keep_slower=True)
+    exact = copy.deepcopy(compiled.graph_module).double()
+    for batch in (2, 3, 2):
+        x = torch.randn(batch, 3, 96, 96, device="cuda", dtype=dtype)
+        expected = exact(x.double())
+        error = (compiled(x).double() - expected).norm() / expected.norm()
+        assert float(error) < 2e-2

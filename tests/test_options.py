@@ -61,7 +61,7 @@ def test_pr_may_be_any_real_number_from_0_to_1(pr: Any) -> None:
         ("tile", "2", "2"),
         ("tile", True, "2"),
         ("tile", np.array([2, 4]), "2"),
-        ("importance", "l1", "l2"),
+        ("importance", "l3", "l2"),
         ("precision", "fp64", "fp32"),
         ("precision", torch.float16, "fp16"),
     ],
@@ -156,3 +156,32 @@ def test_without_near_names_the_first_names_are_listed() -> None:
 
 def test_rules_that_match_something_pass() -> None:
     CompileOptions(rules=(PruneRule("a"), PruneRule("b|a"))).check_rules_used(["a"])
+
+
+@pytest.mark.parametrize("tile", [2, 4, "auto"])
+@pytest.mark.parametrize("tune", ["off", "fast", "full"])
+def test_speed_options(tile: Any, tune: str) -> None:
+    options = CompileOptions(tile=tile, tune=tune, keep_slower=True, block=64)
+    assert (options.tile, options.tune, options.keep_slower, options.block) == (tile, tune, True, 64)
+    assert PruneRule("a", tile=tile, block=1).tile == tile
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("tile", "Auto", "unknown tile 'Auto'"),
+        ("tile", "2", "unknown tile '2'"),
+        ("tune", "slow", "unknown tune 'slow'"),
+        ("tune", True, "unknown tune True"),
+        ("keep_slower", "no", "keep_slower='no'"),
+        ("block", 0, "block=0 is not a number of filters"),
+        ("block", 2.0, r"block=2\.0"),
+        ("block", True, "block=True"),
+    ],
+)
+def test_bad_speed_options(option: str, value: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        CompileOptions(**{option: value})
+    if option in ("tile", "block"):
+        with pytest.raises(OptionError, match=message):
+            PruneRule("a", **{option: value})

@@ -12,10 +12,11 @@ from torch import nn
 
 from wsp_compiler.errors import PlanError, RuleError
 from wsp_compiler.options import CompileOptions, PruneRule
-from wsp_compiler.plan import PruningPlan, SitePlan, make_plan
+from wsp_compiler.plan import PruningPlan, SitePlan, make_plan, plan_times
 from wsp_compiler.pruning import PATTERNS
 from wsp_compiler.pruning.base import kept_count
 from wsp_compiler.sites import find_sites
+from wsp_compiler.speed import MEASURED, TABLE, SiteTimes, Timing
 
 
 class Net(nn.Module):
@@ -265,3 +266,160 @@ def test_a_plan_for_another_model_is_refused(net: nn.Module, conv: nn.Conv2d | N
     assert caught.value.where == "a"
     assert "[20, 24]" in caught.value.what
     assert caught.value.fix == "make the plan from this model"
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Pruned convolutions take ``pruned[tile]`` us per call, dense ones 10 us; None is unknown."""
+
+    def __init__(self, pruned: dict[int, float | None], dense: float | None = 10.0) -> None:
+        self.times, self.dense_us = pruned, dense
+        self.asked: list[tuple[str, int, tuple[int, ...]]] = []
+
+    def pruned(self, path: str, conv: nn.Conv2d, keep: torch.Tensor, tile: int, calls: Any) -> Timing | None:
+        assert keep.shape[0] in (1, (tile + 2) ** 2)
+        self.asked += [(path, tile, call.shape) for call in calls]
+        us = self.times[tile]
+        return None if us is None else Timing(us * len(calls), MEASURED, f"kernel F{tile}")
+
+    def dense(self, path: str, conv: nn.Conv2d, calls: Any) -> Timing | None:
+        return None if self.dense_us is None else Timing(self.dense_us * len(calls), TABLE)
+
+
+def timed_plan(net: nn.Module, watch: Stopwatch, *rules: PruneRule, **options: Any) -> PruningPlan:
+    sites = find_sites(net, torch.randn(2, 3, 12, 8))
+    return make_plan(sites, convolutions(net), CompileOptions(rules=rules, **options), watch)
+
+
+def test_a_site_stays_dense_where_dense_is_faster(net: nn.Module) -> None:
+    plan = timed_plan(net, Stopwatch({2: 12.0}), PruneRule("b", skip=True))
+    assert not plan.sites
+    assert (
+        plan.left_alone["a"] == "the dense convolution is faster: 12 us pruned, 10 us dense (measured, table)"
+    )
+    assert plan.times["a"].slower
+    assert list(plan.times) == ["a"]
+    assert list(timed_plan(net, Stopwatch({2: 10.0}))) == []  # a tie gives no accuracy away
+    faster = timed_plan(net, Stopwatch({2: 9.0}))
+    assert list(faster) == ["a", "b"]
+    assert faster.times["a"].pruned == Timing(9.0, MEASURED, "kernel F2")
+
+
+@pytest.mark.parametrize("method", ["dense", "fp", "wsp"])
+def test_every_method_is_held_to_it(net: nn.Module, method: str) -> None:
+    assert not timed_plan(net, Stopwatch({2: 12.0}), method=method, pr=0.0).sites
+
+
+def test_keep_slower_lowers_everything(net: nn.Module) -> None:
+    plan = timed_plan(net, Stopwatch({2: 12.0}), keep_slower=True)
+    assert list(plan) == ["a", "b"]
+    assert plan.times["a"].slower
+
+
+@pytest.mark.parametrize("watch", [Stopwatch({2: None}), Stopwatch({2: 99.0}, dense=None)])
+def test_what_is_not_known_to_be_slower_is_lowered(net: nn.Module, watch: Stopwatch) -> None:
+    assert list(timed_plan(net, watch)) == ["a", "b"]
+
+
+def test_without_inputs_nobody_is_asked(net: nn.Module) -> None:
+    watch = Stopwatch({2: 99.0})
+    plan = make_plan(find_sites(net), convolutions(net), CompileOptions(), watch)
+    assert list(plan) == ["a", "b"]
+    assert not watch.asked
+
+
+@pytest.mark.parametrize(
+    ("times", "tile"),
+    [
+        ({2: 5.0, 4: 4.0}, 4),
+        ({2: 4.0, 4: 5.0}, 2),
+        ({2: 4.0, 4: None}, 2),
+        ({2: None, 4: None}, 2),
+        ({2: 12.0, 4: 9.0}, 4),
+    ],
+)
+def test_the_faster_tile(net: nn.Module, times: dict[int, float | None], tile: int) -> None:
+    watch = Stopwatch(times)
+    plan = timed_plan(net, watch, PruneRule("b", tile=2, skip=True), tile="auto")
+    assert plan["a"].tile == tile
+    assert plan["a"].keep.shape[0] == (tile + 2) ** 2
+    assert watch.asked == [("a", 2, (2, 24, 12, 8)), ("a", 4, (2, 24, 12, 8))]
+    ruled = timed_plan(net, Stopwatch({2: 1.0, 4: 2.0}), PruneRule("b", tile="auto"), tile=4)
+    assert (ruled["a"].tile, ruled["b"].tile) == (4, 2)
+
+
+def test_all_calls_count(net: nn.Module) -> None:
+    """A convolution that is called twice is compared on both shapes together."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.conv(x)[:, :, ::2])
+
+    model = Twice().eval()
+    watch = Stopwatch({2: 9.0})
+    plan = make_plan(
+        find_sites(model, torch.randn(1, 16, 8, 8)), convolutions(model), CompileOptions(), watch
+    )
+    assert [shape for _, _, shape in watch.asked] == [(1, 16, 8, 8), (1, 16, 4, 8)]
+    timing = plan.times["conv"].pruned
+    assert timing is not None
+    assert timing.us == 18.0
+
+
+def test_times_of_a_finished_plan(net: nn.Module) -> None:
+    sites = find_sites(net, torch.randn(2, 3, 12, 8))
+    plan = make_plan(sites, convolutions(net), CompileOptions(rules=(PruneRule("b", skip=True),)))
+    times = plan_times(plan, sites, convolutions(net), Stopwatch({2: 12.0}))
+    assert list(times) == ["a"]
+    assert times["a"].slower
+    assert list(plan) == ["a"]
+    assert plan.times["a"] == SiteTimes(None, None)
+
+
+def test_times_are_no_part_of_a_plan(net: nn.Module) -> None:
+    plan = timed_plan(net, Stopwatch({2: 9.0}))
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert not again.times
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_chosen_named_and_saved(net: nn.Module) -> None:
+    plan = plan_of(net, PruneRule("b", block=8), pr=0.5)
+    assert (plan["a"].block, plan["a"].pattern) == (None, "BWSP-R")
+    assert (plan["b"].block, plan["b"].pattern) == (8, "BWSP-R/8")
+    groups = plan["b"].keep.view(16, 2, 8).sum(2)
+    assert (groups == kept_count(8, 0.5)).all()
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again["b"].block == 8
+    assert plan_of(net, block=10)["a"].block == 10  # of 20 filters
+    assert plan_of(net, block=64)["a"].block is None
+    for options in ({"method": "wsp"}, {"direction": "column"}, {"method": "fp"}):
+        assert plan_of(net, block=4, **options)["a"].block is None
+
+
+def test_wide_layers_are_balanced_in_blocks_that_fit_the_kernels() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 512, 3)).eval()
+    entry = plan_of(model, method="bwsp", pr=0.8)["0"]
+    assert entry.pattern == "BWSP-R/256"
+    assert (entry.keep.view(16, 2, 256).sum(2) == 52).all()
+    assert abs(1 - entry.kept_fraction - 0.8) < 0.005
+
+
+def test_plans_from_before_blocks_are_read(net: nn.Module) -> None:
+    record = json.loads(plan_of(net).to_json())
+    for entry in record["sites"]:
+        assert entry.pop("block") is None
+    assert PruningPlan.from_json(json.dumps(record)) == plan_of(net)
+    record["sites"][0]["block"] = 3
+    with pytest.raises(PlanError, match="do not divide"):
+        PruningPlan.from_json(json.dumps(record))

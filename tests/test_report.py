@@ -12,6 +12,7 @@ from wsp_compiler.passes import PassRecord, Rewrites
 from wsp_compiler.plan import PruningPlan, make_plan
 from wsp_compiler.report import HEADER, format_report, format_table, site_rows
 from wsp_compiler.sites import ConvSite, find_sites
+from wsp_compiler.speed import MEASURED, MODEL, TABLE, SiteTimes, Timing
 
 
 class Net(nn.Module):
@@ -45,11 +46,17 @@ def test_the_table() -> None:
         "pattern": "BWSP-R",
         "tile": "F(2x2)",
         "kept": "0.5000",
+        "error": f"~{plan.errors['wide']:.3f}",
         "direct": "544k",  # 3 * 7*9 * 20*16 * 9
         "Winograd": "307k",  # 3 * 4*5 * 16 * 20*16
         "now": "154k",
+        "kernel": "?",
+        "us": "?",
+        "dense us": "?",
         "why": "",
     }
+    assert 0.1 < plan.errors["wide"] < 1
+    assert shared["error"] == "~0.000"
     assert (shared["decision"], shared["pattern"], shared["tile"]) == ("Winograd", "dense", "F(4x4)")
     assert shared["direct"] == "1.36M"  # two calls: 2 * 3 * 7*9 * 20*20 * 9
     assert shared["Winograd"] == shared["now"] == "518k"  # 2 * 3 * 2*3 * 36 * 20*20
@@ -79,6 +86,12 @@ def test_the_whole_text() -> None:
         "",
         "2 of 4 convolutions run as Winograd; multiplies are per call",
         f"kept {kept} of {total} Winograd weights: achieved pr = {1 - kept / total:.4f}",
+        "error: relative L2 error of the layer's own output, on the calibration data (~: estimated from the "
+        "weights, for white noise)",
+        "warning: 1 of 1 pruned layers are neither calibrated nor fine-tuned, which costs accuracy: compile with "
+        "calibration=, or fine-tune what wsp_compiler.prune returns",
+        "speed not checked for 2 layers: no example_inputs, or no times known on this device "
+        "(tune='fast' measures them)",
         "not traced, runs as it was: the model itself: torch.fx: control flow",
         "not traced, runs as it was: head: it has forward hooks",
         "pass fuse_epilogue: 3 rewrites, 1 declined",
@@ -133,3 +146,36 @@ def test_large_counts_have_three_digits(n: int, c: int, expected: str) -> None:
     model = {"a": nn.Conv2d(16, 16, 3)}
     plan = make_plan((ConvSite("a", 16, 16, (3, 3), (1, 1), (1, 1), True, 1),), model, CompileOptions())
     assert dict(zip(HEADER, site_rows([site], plan)[0], strict=True))["direct"] == expected
+
+
+def test_times_and_kernels_are_shown() -> None:
+    sites, plan = parts()
+    times = {
+        "wide": SiteTimes(Timing(12.34, MEASURED), Timing(23456.7, TABLE)),
+        "shared": SiteTimes(Timing(9.0, MODEL), Timing(8.0, MODEL)),
+    }
+    kernels = {"wide": "fused tiles=32"}
+    rows = [dict(zip(HEADER, row, strict=True)) for row in site_rows(sites, plan, times, kernels)]
+    assert (rows[0]["kernel"], rows[0]["us"], rows[0]["dense us"], rows[0]["why"]) == (
+        "fused",
+        "12.3",
+        "23457",
+        "",
+    )
+    assert rows[1]["why"] == "the dense convolution would be faster: 9 us pruned, 8 us dense (cost model)"
+    assert (rows[2]["us"], rows[2]["dense us"]) == ("-", "-")
+    text = format_report(sites, plan, {}, [], times=times, kernels=kernels)
+    assert "times of pruned and dense convolutions, in us: 1 measured, 1 table, 2 cost model" in text
+    assert "kernel of wide: fused tiles=32" in text
+    assert "speed not checked" not in text
+    half = format_report(sites, plan, {}, [], times={"wide": times["wide"], "shared": SiteTimes(None, None)})
+    assert "speed not checked for 1 layers" in half
+
+
+def test_a_layer_left_dense_shows_both_times() -> None:
+    site = ConvSite("a", 16, 16, (3, 3), (1, 1), (1, 1), True, 1)
+    plan = PruningPlan(left_alone={"a": "the dense convolution is faster"})
+    times = {"a": SiteTimes(Timing(2.0, MEASURED), Timing(1.5, MEASURED))}
+    (row,) = (dict(zip(HEADER, row, strict=True)) for row in site_rows([site], plan, times))
+    assert (row["decision"], row["us"], row["dense us"]) == ("left alone", "2.0", "1.5")
+    assert row["why"] == "the dense convolution is faster"

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from wsp_compiler.errors import ModelError
 from wsp_compiler.sites import ConvSite, find_sites, padding_of, unsupported
+from wsp_compiler.speed import CallFormat
 
 X = torch.randn(2, 4, 9, 7)
 
@@ -235,3 +236,14 @@ def test_a_site_is_plain_data() -> None:
     assert site == ConvSite("a", 4, 4, (3, 3), (1, 1), (1, 1), True, 1)
     assert hash(site)
     assert site.output_sizes == ()
+
+
+def test_formats_of_calls_are_recorded() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=torch.channels_last)
+    first, second = find_sites(model, x)
+    assert first.formats == (CallFormat((2, 4, 9, 8), torch.float32, True),)
+    assert second.formats[0].shape == second.input_shapes[0] == (2, 4, 7, 6)
+    (half, _) = find_sites(model.bfloat16(), x.bfloat16().contiguous())
+    assert half.formats == (CallFormat((2, 4, 9, 8), torch.bfloat16, False),)
+    assert find_sites(model)[0].formats == ()

@@ -16,9 +16,11 @@ from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.passes import PassBase, Pipeline, Rewrites, pipeline
 from wsp_compiler.plan import PruningPlan, SitePlan
 from wsp_compiler.sites import ConvSite, find_sites
+from wsp_compiler.training import WinogradConv2d, finetune, prune
 
 if TYPE_CHECKING:
     from wsp_compiler.runtime import CompiledModule
+    from wsp_compiler.speedup import balanced_speedup, layer_times
 
 __version__ = "0.1.0"
 
@@ -32,10 +34,15 @@ __all__ = [
     "PruningPlan",
     "Rewrites",
     "SitePlan",
+    "WinogradConv2d",
+    "balanced_speedup",
     "compile",
     "errors",
     "find_sites",
+    "finetune",
+    "layer_times",
     "pipeline",
+    "prune",
 ]
 
 
@@ -44,4 +51,8 @@ def __getattr__(name: str) -> Any:
         from wsp_compiler.runtime import CompiledModule
 
         return CompiledModule
+    if name in ("balanced_speedup", "layer_times"):
+        from wsp_compiler import speedup
+
+        return getattr(speedup, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

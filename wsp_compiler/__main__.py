@@ -108,7 +108,19 @@ def _flag(value: str) -> bool:
     return {"": True, "true": True, "false": False}[value.lower()]
 
 
-RULE_VALUES: dict[str, Any] = {"method": str, "direction": str, "pr": float, "tile": int, "skip": _flag}
+def tile_choice(text: str) -> int | str:
+    """ "auto", or a number."""
+    return text if text == "auto" else int(text)
+
+
+RULE_VALUES: dict[str, Any] = {
+    "method": str,
+    "direction": str,
+    "pr": float,
+    "tile": tile_choice,
+    "block": int,
+    "skip": _flag,
+}
 
 
 def parse_rule(text: str) -> PruneRule:
@@ -162,7 +174,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 def run_compile(arguments: argparse.Namespace) -> None:
     """Compile a model, run it once, and say what became of it."""
-    names = ("method", "direction", "tile", "precision", "check")
+    names = ("method", "direction", "tile", "block", "precision", "check", "keep_slower", "tune")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options["rules"] = [parse_rule(text) for text in arguments.rule]
     options["target"], shape = parse_target(arguments.target), parse_shape(arguments.shape)
@@ -204,7 +216,8 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--pr", type=float, default=0.8, help="share of weights to remove (default 0.8)")
     make.add_argument("--method", default="bwsp", help=", ".join(METHODS))
     make.add_argument("--direction", default="row", help=", ".join(DIRECTIONS))
-    make.add_argument("--tile", type=int, default=2, help="output tile side, 2 or 4")
+    make.add_argument("--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)")
+    make.add_argument("--block", type=int, help="bwsp: balance groups of so many filters; by default fitting")
     make.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; by default the model's")
     make.add_argument("--target", help="cpu, cuda, cuda:N, or a TVM target as JSON; by default cpu")
     make.add_argument("--rule", action="append", default=[], metavar="REGEX:KEY=VALUE,...", help="repeatable")
@@ -212,6 +225,8 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or torch state_dict")
     make.add_argument("--report", action="store_true", help="print the table of all convolutions")
     make.add_argument("--plan", type=Path, metavar="FILE", help="write the pruning plan as JSON")
+    make.add_argument("--keep-slower", action="store_true", help="lower layers also where dense is faster")
+    make.add_argument("--tune", default="off", help="what to measure: off, fast (seconds a layer) or full")
     make.add_argument("--check", action="store_true", help="verify every pass in float64")
     make.set_defaults(run=run_compile)
     for command in (look, make):

@@ -6,23 +6,28 @@ nn.Module -trace-> TracedModel -collect_sites-> sites -make_plan-> PruningPlan
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from wsp_compiler.batches import calibration_calls
+from wsp_compiler.calibration import apply_norms, calibrate
 from wsp_compiler.errors import ModelError, OptionError
 from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.passes import PassRecord, Pipeline, run_pipeline
 from wsp_compiler.passes import pipeline as default_pipeline
-from wsp_compiler.plan import PruningPlan, make_plan
+from wsp_compiler.plan import PruningPlan, make_plan, plan_times
 from wsp_compiler.sites import collect_sites
 from wsp_compiler.trace import TracedModel, TracedUnit, check_model, example_call, trace
+from wsp_compiler.training.prune import unprune
 
 if TYPE_CHECKING:
+    from wsp_compiler.codegen.tuner import Tuner
     from wsp_compiler.runtime import CompiledModule
 
 
@@ -31,16 +36,22 @@ def compile(
     pr: float = 0.8,
     *,
     example_inputs: Any = None,
-    method: str = "bwsp",
+    calibration: Any = None,
+    method: str | None = None,
     direction: str = "row",
-    tile: int = 2,
-    importance: str = "l2",
+    tile: int | str = 2,
+    block: int | None = None,
+    importance: str = "output",
     rules: Iterable[PruneRule] = (),
     precision: str | None = None,
     target: Any = None,
     passes: Pipeline | None = None,
     check: bool = False,
     plan: PruningPlan | None = None,
+    keep_slower: bool = False,
+    tune: str = "off",
+    rest: str = "eager",
+    cuda_graph: bool = False,
 ) -> CompiledModule:
     """Prune a convolutional network in the Winograd domain and compile it.
 
@@ -50,11 +61,20 @@ def compile(
         pr: share of the Winograd weights to remove from each eligible layer, in [0, 1).
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. With them,
             the trace is checked against the model and all kernels are built now; without, on the first call.
+        calibration: sample inputs without labels: a DataLoader, a list of batches, or a tensor of images (labels in a
+            batch are dropped). With them the kept weights are chosen by the energy they add to each layer's output
+            and refitted by least squares, layer by layer (docs/accuracy.md). Give images of the size that is run.
         method: pruning pattern: "bwsp" (the same number of rows or columns in every Winograd position), "wsp"
             (one threshold per layer), "fp" (filters), or "dense" (Winograd without pruning; pr is ignored).
+            None is "wsp" with calibration and "bwsp" without.
         direction: "row" or "column" of each position's matrix U_k [n, c].
-        tile: output tile side m of F(m x m, 3x3): 2 or 4.
-        importance: criterion that scores rows, columns and filters; "l2" is the paper's.
+        tile: output tile side m of F(m x m, 3x3): 2 or 4, or "auto": the faster one where times are known.
+        block: for "bwsp" with rows: equal kept rows in every position and group of ``block`` consecutive filters,
+            or of the largest divisor of n up to it; a block of n or more is the paper's BWSP. None picks what
+            fits the kernels (:func:`wsp_compiler.pruning.balanced.fit_block`).
+        importance: criterion that scores rows, columns and filters: "output" (energy in the layer's output, for
+            inputs of white noise unless calibrated), "l2" (the paper's, of the weights), "l1" or "fpgm" (distance
+            from the geometric median). With calibration the others choose alone what stays; the refit is the same.
         rules: per-layer overrides; the first whose regular expression matches the module path wins.
         precision: arithmetic of the matrix products: "fp32", "tf32", "fp16" or "bf16" (on the CPU "fp32" or
             "bf16"); None follows the model's dtype and, for float32 on CUDA,
@@ -62,7 +82,19 @@ def compile(
         target: None (the model's device), "cpu", "cuda", "cuda:N" or a TVM target.
         passes: a :class:`~wsp_compiler.passes.Pipeline`; by default ``wsp_compiler.pipeline``.
         check: compare the graph's output in float64 after every pass (needs example_inputs; slow).
-        plan: use this plan instead of making one (pr, method, direction, tile and rules are then not read).
+        plan: use this plan instead of making one (pr, method, direction, tile, block, rules and keep_slower are
+            then not read). It is never changed; the report says where dense would have been faster.
+        keep_slower: lower layers also where PyTorch's dense convolution is known to be faster. By default those stay
+            dense and unpruned. Speed is checked with example_inputs only, and only on devices with known times
+            (docs/tuning.md).
+        tune: what is measured where no times are known: "off" nothing, "fast" a few seconds a layer, "full" every
+            kernel that can run it. Results are kept on disk.
+        rest: how the rest of the model runs: "eager" (PyTorch, convolutions with the vendor's fused epilogues) or
+            "inductor" (torch.compile with frozen weights; compiles anew for every input shape, takes minutes for
+            a deep model, needs a C++ compiler on the CPU).
+        cuda_graph: capture one CUDA graph for every kind of input (shapes, strides, dtypes) at its first call and
+            replay it from then on. Each keeps its inputs, outputs and intermediate results allocated. Python
+            code of untraced parts runs at capture only. CUDA only.
 
     Returns:
         A :class:`~wsp_compiler.runtime.CompiledModule`.
@@ -70,19 +102,28 @@ def compile(
     Raises:
         WspError: a subclass that says what is wrong, where, and what to do.
     """
+    from wsp_compiler.codegen.plan_speed import PlanSpeed
     from wsp_compiler.codegen.targets import resolve_target
+    from wsp_compiler.codegen.tuner import Tuner
     from wsp_compiler.runtime import CompilationRecord, CompiledModule, emit
 
     if not isinstance(rules, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"rules is {rules!r}", where="compile", fix="pass a list of wsp_compiler.PruneRule")
-    options = CompileOptions(pr, method, direction, tile, importance, tuple(rules), precision)
+    options = CompileOptions(
+        pr, method or ("bwsp" if calibration is None else "wsp"), direction, tile, importance,
+        tuple(rules), precision,
+        block=block, keep_slower=keep_slower, tune=tune,
+    )  # fmt: skip
     _check_type("passes", passes, Pipeline, "edit wsp_compiler.pipeline: its methods return a Pipeline")
     _check_type(
         "plan", plan, PruningPlan, "use PruningPlan.from_json(text) or another compiled module's plan"
     )
     model = check_model(model)
+    if plan is None and calibration is None and (trained := unprune(model)) is not None:
+        model, plan = trained
     code_target = resolve_target(target, _device_of(model))
     _check_precision(options, code_target.is_cuda)
+    _check_execution(rest, cuda_graph, code_target.is_cuda)
     if _device_of(model) != code_target.device:
         model = copy.deepcopy(model).to(code_target.device)
         example_inputs = _moved(example_inputs, code_target.device)
@@ -91,20 +132,73 @@ def compile(
     sites = collect_sites(traced)
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     convolutions = {path: module for path, module in modules if isinstance(module, nn.Conv2d)}
-    chosen = make_plan(sites, convolutions, options) if plan is None else plan
-    chosen.check_fits(convolutions)
+    tuner = Tuner(code_target, tune)
+    with _showing_measurements(tuner, sum(site.reject is None for site in sites)):
+        speed = PlanSpeed(tuner, precision)
+        if plan is None:
+            chosen = make_plan(sites, convolutions, options, speed)
+            times = chosen.times
+        else:
+            chosen = plan
+            chosen.check_fits(convolutions)
+            times = plan_times(chosen, sites, convolutions, speed)
+    if calibration is not None:
+        chosen = _calibrated(traced, chosen, calibration, example_inputs, plan is None and importance == "output")
+    for unit in traced.units.values():
+        apply_norms(unit, model, chosen)
     records = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)
     dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}
-    emitted = {path: emit(gm, code_target, precision, dtypes) for path, gm in traced.units.items()}
+    emitted = {path: emit(gm, code_target, precision, dtypes, rest) for path, gm in traced.units.items()}
     compiled = CompiledModule(
         executable=traced.assemble(emitted),
         graph_module=traced.units[""] if "" in traced.units else traced.assemble(traced.units),
-        record=CompilationRecord(sites, chosen, traced.untraced, records),
+        record=CompilationRecord(sites, chosen, traced.untraced, records, times),
         target=code_target,
+        cuda_graph=cuda_graph,
     )
+    for part in (compiled.executable, compiled.graph_module):  # batch norms outside of what was traced
+        apply_norms(cast("nn.Module", part), model, chosen)
+    for layer in compiled.layers():
+        layer.tuner = tuner
     if example_inputs is not None:
         _build_kernels(compiled, example_inputs)
     return compiled
+
+
+@contextlib.contextmanager
+def _showing_measurements(tuner: Tuner, layers: int) -> Generator[None]:
+    """A progress bar on a terminal while ``tuner`` measures layers for the plan."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, disable=tuner.level == "off" or not console.is_terminal
+    ) as bar:
+        task = bar.add_task("measuring kernels", total=2 * layers)
+        tuner.on_measure = lambda text: bar.update(task, description=text, advance=1)
+        try:
+            yield
+        finally:
+            tuner.on_measure = None
+
+
+def _calibrated(
+    traced: TracedModel, plan: PruningPlan, data: Any, example_inputs: Any, choose: bool
+) -> PruningPlan:
+    """The plan refined on sample inputs, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    calls = calibration_calls(data, traced.model, example_inputs)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=len(plan) * len(calls))
+
+        def advance(path: str) -> None:
+            bar.update(task, description=f"calibrating {path}", advance=1)
+
+        return calibrate(traced, plan, calls, choose=choose, on_step=advance)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -137,6 +231,16 @@ def _check_precision(options: CompileOptions, is_cuda: bool) -> None:
             f"precision {options.precision!r} does not exist on the CPU",
             where="compile",
             fix="use 'fp32' or 'bf16'",
+        )
+
+
+def _check_execution(rest: str, cuda_graph: bool, is_cuda: bool) -> None:
+    if rest not in ("eager", "inductor"):
+        raise OptionError(f"unknown rest {rest!r}", where="compile", fix="use 'eager' or 'inductor'")
+    _check_type("cuda_graph", cuda_graph, bool, "use True or False")
+    if cuda_graph and not is_cuda:
+        raise OptionError(
+            "cuda_graph=True on the CPU", where="compile", fix="compile for a CUDA device, or leave it False"
         )
 
 

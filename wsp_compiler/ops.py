@@ -47,19 +47,30 @@ class WinogradSite(nn.Module):
     def fill(self, U: Tensor, bias: Tensor | None) -> None:
         """Store the kept part of U [p*p, n, c] (float64) and the bias [n] (zeros if None)."""
         positions, n, c = U.shape
-        keep = self.keep.to(U.device)
+        row_keep, column_keep = self.index((positions, n, c), U.device)
+        by_row, by_column = not bool(row_keep.all()), not bool(column_keep.all())
+        weight: list[Tensor] = []
+        for k in range(positions):  # what nothing is removed from is not copied
+            part = U[k][row_keep[k]] if by_row else U[k]
+            part = part[:, column_keep[k]] if by_column else part
+            weight.append(part.float().reshape(-1))
+        self.register_buffer("weight", torch.cat(weight))
+        values = torch.zeros(n, device=U.device) if bias is None else bias.detach()
+        self.register_buffer("bias", values.to(torch.float32, copy=True))
+
+    def index(self, shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Store which rows and columns of [p*p, n, c] are kept; returns both as bool, [p*p, n] and [p*p, c]."""
+        positions, n, c = shape
+        keep = self.keep.to(device)
         by_column = keep.shape[1] == 1 and keep.shape[2] == c and c > 1
         row_keep = (keep[:, :, 0] if not by_column else keep[:, :1, 0] | True).expand(positions, n)
         column_keep = (keep[:, 0, :] if by_column else keep[:, 0, :1] | True).expand(positions, c)
-        weight = [U[k][row_keep[k]][:, column_keep[k]].reshape(-1) for k in range(positions)]
-        self.register_buffer("weight", torch.cat(weight).float())
         for name, kept in (("row", row_keep), ("column", column_keep)):
             index = kept.nonzero()[:, 1].int()
             offset = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
             self.register_buffer(f"{name}s", index)
             self.register_buffer(f"{name}_offset", offset)
-        values = torch.zeros(n, device=U.device) if bias is None else bias.detach()
-        self.register_buffer("bias", values.to(torch.float32, copy=True))
+        return row_keep, column_keep
 
     def position_weights(self) -> list[Tensor]:
         """The matrices U_k, each [R_k, C_k]."""
@@ -88,7 +99,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def suggest_channels_last(x: Tensor) -> bool:
     """True if PyTorch's convolution would take ``x`` for a channels_last tensor."""
-    return x.dim() == 4 and suggest_memory_format(x) == torch.channels_last
+    if x.dim() != 4:
+        return False
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if last != x.is_contiguous():  # nearly always, and ten times faster than the general answer
+        return last
+    return suggest_memory_format(x) == torch.channels_last
 
 
 def is_channels_last(weight: Tensor) -> bool:

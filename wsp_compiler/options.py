@@ -15,13 +15,15 @@ from wsp_compiler.errors import OptionError, RuleError
 METHODS = ("wsp", "bwsp", "fp", "dense")
 DIRECTIONS = ("row", "column")
 TILES = (2, 4)
-IMPORTANCES = ("l2",)
+TILE_CHOICES = (*TILES, "auto")
+TUNE_LEVELS = ("off", "fast", "full")
+IMPORTANCES = ("output", "l2", "l1", "fpgm")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any], *, where: str = "compile") -> None:
     # 2.0 == 2 and numpy compares element by element: the type has to be right too
-    if type(value) is not type(choices[0]) or value not in choices:
+    if type(value) not in {type(choice) for choice in choices} or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -38,13 +40,22 @@ def _check_pruning_ratio(pr: Any, *, where: str = "compile") -> None:
         )
 
 
+def _check_block(block: Any, *, where: str = "compile") -> None:
+    if block is not None and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
+        raise OptionError(
+            f"block={block!r} is not a number of filters",
+            where=where,
+            fix="give 1 or more, for example block=64, or None for what fits the kernels",
+        )
+
+
 @dataclass(frozen=True)
 class PruneRule:
     """Options for the convolutions whose module path matches a regular expression.
 
     Args:
         match: regular expression, matched with ``re.fullmatch`` against the module path.
-        method, direction, pr, tile: as in :func:`wsp_compiler.compile`; None inherits.
+        method, direction, pr, tile, block: as in :func:`wsp_compiler.compile`; None inherits.
         skip: leave the matching convolutions alone.
 
     The first rule that matches a path wins. A rule that matches no convolution is an error.
@@ -54,8 +65,9 @@ class PruneRule:
     method: str | None = None
     direction: str | None = None
     pr: float | None = None
-    tile: int | None = None
+    tile: int | str | None = None
     skip: bool = False
+    block: int | None = None
 
     def __post_init__(self) -> None:
         where = f"PruneRule({self.match!r})"
@@ -76,7 +88,8 @@ class PruneRule:
         if self.direction is not None:
             _check_choice("direction", self.direction, DIRECTIONS, where=where)
         if self.tile is not None:
-            _check_choice("tile", self.tile, TILES, where=where)
+            _check_choice("tile", self.tile, TILE_CHOICES, where=where)
+        _check_block(self.block, where=where)
         if self.pr is not None:
             _check_pruning_ratio(self.pr, where=where)
 
@@ -93,11 +106,16 @@ class CompileOptions:
         pr: share of the Winograd weights removed in each layer, in [0, 1).
         method: "wsp", "bwsp", "fp" or "dense" (Winograd, nothing pruned; ``pr`` is ignored).
         direction: "row" or "column" of each position's matrix (not used by "fp" and "dense").
-        tile: output tile side m of F(m x m, 3x3), 2 or 4.
-        importance: how units are scored; "l2" is the paper's criterion.
+        tile: output tile side m of F(m x m, 3x3), 2 or 4, or "auto": the faster of both where times are known.
+        importance: how units are scored: "output" (energy in the layer's output) "l2" (the paper's),
+            "l1" or "fpgm" (distance from the geometric median).
         rules: per-layer overrides.
         precision: arithmetic inside the Winograd layers, or None to follow the model.
         channel_threshold: layers with fewer input or output channels are left alone unless a rule names them.
+        block: for method "bwsp" with rows: the same number of kept rows in every position and group of ``block``
+            consecutive filters (the largest divisor of n up to it); None picks what fits the kernels.
+        keep_slower: lower layers also where the vendor's dense convolution is known to be faster.
+        tune: "off", "fast" or "full": how much is measured where no times are known.
 
     Raises:
         OptionError: a value is out of its range.
@@ -106,17 +124,28 @@ class CompileOptions:
     pr: float = 0.8
     method: str = "bwsp"
     direction: str = "row"
-    tile: int = 2
-    importance: str = "l2"
+    tile: int | str = 2
+    importance: str = "output"
     rules: tuple[PruneRule, ...] = ()
     precision: str | None = None
     channel_threshold: int = 16
+    block: int | None = None
+    keep_slower: bool = False
+    tune: str = "off"
 
     def __post_init__(self) -> None:
         _check_pruning_ratio(self.pr)
         _check_choice("method", self.method, METHODS)
         _check_choice("direction", self.direction, DIRECTIONS)
-        _check_choice("tile", self.tile, TILES)
+        _check_choice("tile", self.tile, TILE_CHOICES)
+        _check_choice("tune", self.tune, TUNE_LEVELS)
+        _check_block(self.block)
+        if not isinstance(cast("object", self.keep_slower), bool):
+            raise OptionError(
+                f"keep_slower={self.keep_slower!r} is not True or False",
+                where="compile",
+                fix="use True or False",
+            )
         _check_choice("importance", self.importance, IMPORTANCES)
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)

@@ -6,108 +6,49 @@ and kernels only obey it.
 
 from __future__ import annotations
 
-import base64
 import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from wsp_compiler.errors import PlanError
-from wsp_compiler.options import DIRECTIONS, METHODS, TILES, CompileOptions
+from wsp_compiler.options import TILES, CompileOptions, PruneRule
 from wsp_compiler.pruning import IMPORTANCES, PATTERNS
+from wsp_compiler.pruning.balanced import BalancedWinogradStructured, block_of
+from wsp_compiler.pruning.base import Importance
+from wsp_compiler.pruning.output_aware import relative_error
+from wsp_compiler.refits import NormStatistics, SiteRefit
+from wsp_compiler.site_plan import SitePlan, site_from_json, site_to_json
 from wsp_compiler.sites import ConvSite, unsupported
-from wsp_compiler.winograd import transform, transform_weight
+from wsp_compiler.speed import SiteTimes, SpeedSource
+from wsp_compiler.winograd import transform_weight
 
 JSON_VERSION = 1
 
 
-@dataclass(frozen=True, eq=False)
-class SitePlan:
-    """What happens to one convolution.
-
-    Attributes:
-        path: module path of the convolution.
-        method, direction, tile: pattern and output tile side; direction is "row" where it has no meaning.
-        pr: the share that was asked for.
-        keep: bool, broadcastable to [p*p, n, c], True = kept, in the original filter order.
-        shape: (p*p, n, c).
-    """
-
-    path: str
-    method: str
-    direction: str
-    tile: int
-    pr: float
-    keep: Tensor
-    shape: tuple[int, int, int]
-
-    def __post_init__(self) -> None:
-        fault = self._fault()
-        if fault is not None:
-            raise PlanError(
-                fault, where=self.path or "SitePlan", fix="make plans with wsp_compiler.compile or make_plan"
-            )
-
-    def _fault(self) -> str | None:
-        """What is wrong with the plan, or None."""
-        if self.method not in METHODS or self.direction not in DIRECTIONS or self.tile not in TILES:
-            return f"unknown method {self.method!r}, direction {self.direction!r} or tile {self.tile!r}"
-        if not 0 <= self.pr < 1:
-            return f"pruning ratio {self.pr} is not in [0, 1)"
-        if min(self.shape) < 1 or self.shape[0] != transform(self.tile).positions:
-            return f"[p*p, n, c] = {list(self.shape)} does not belong to tile {self.tile}"
-        sizes = zip(self.keep.shape, self.shape, strict=False)
-        if (
-            self.keep.dtype != torch.bool
-            or self.keep.dim() != 3
-            or any(k not in (1, size) for k, size in sizes)
-        ):
-            found = f"{self.keep.dtype} {list(self.keep.shape)}"
-            return f"keep is {found}, not bool and broadcastable to {list(self.shape)}"
-        if 1 not in self.keep.shape[1:]:
-            return f"keep {list(self.keep.shape)} has neither whole rows nor whole columns"
-        return None if bool(self.keep.any()) else "it keeps nothing"
-
-    @property
-    def kept_weights(self) -> int:
-        """Number of Winograd weights kept."""
-        shared = math.prod(size for size, k in zip(self.shape, self.keep.shape, strict=True) if k == 1)
-        return int(self.keep.sum()) * shared
-
-    @property
-    def kept_fraction(self) -> float:
-        """Kept weights / all Winograd weights; 1 - this is the achieved pruning ratio."""
-        return self.kept_weights / math.prod(self.shape)
-
-    @property
-    def pattern(self) -> str:
-        """Short name as in the papers: dense, FP, WSP-R, BWSP-C, ..."""
-        if self.method == "dense":
-            return "dense"
-        suffix = f"-{self.direction[0].upper()}" if PATTERNS[self.method].uses_direction else ""
-        return self.method.upper() + suffix
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SitePlan):
-            return NotImplemented
-        return _site_to_json(self) == _site_to_json(other)
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.method, self.direction, self.tile, self.pr, self.shape))
-
-
 @dataclass(frozen=True)
 class PruningPlan(Mapping[str, SitePlan]):
-    """Module path -> :class:`SitePlan`, in model order; ``left_alone`` says why others are not planned."""
+    """Module path -> :class:`SitePlan`, in model order; ``left_alone`` says why others are not planned.
+
+    ``times`` holds what was known about the speed of each site when the plan was made; it is no part of the plan
+    and not saved with it.
+
+    ``refits`` holds weights that differ from those of the model (calibrated or trained), ``norms`` batch-norm
+    statistics by module path; both are tensors, which :meth:`save` writes and :meth:`to_json` only mentions.
+    ``errors`` estimates each layer's relative L2 output error: measured by calibration, else for white noise.
+    """
 
     sites: dict[str, SitePlan] = field(default_factory=dict[str, SitePlan])
     left_alone: dict[str, str] = field(default_factory=dict[str, str])
+    times: dict[str, SiteTimes] = field(default_factory=dict[str, SiteTimes], compare=False, repr=False)
+    refits: dict[str, SiteRefit] = field(default_factory=dict[str, SiteRefit], repr=False)
+    norms: dict[str, NormStatistics] = field(default_factory=dict[str, NormStatistics], repr=False)
+    errors: dict[str, float] = field(default_factory=dict[str, float], compare=False, repr=False)
 
     def __getitem__(self, path: str) -> SitePlan:
         try:
@@ -121,29 +62,68 @@ class PruningPlan(Mapping[str, SitePlan]):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def to_json(self) -> str:
-        """The plan as JSON text; ``keep`` as base64 of its packed bits."""
-        sites = [_site_to_json(site) for site in self.sites.values()]
-        return json.dumps({"version": JSON_VERSION, "sites": sites, "left_alone": self.left_alone}, indent=1)
+    def weights(self, path: str, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+        """(U [p*p, n, c], bias [n]) of a planned convolution on its device: refitted ones, else those of ``conv``.
+
+        What ``keep`` removes may be anything in U.
+        """
+        site, refit = self[path], self.refits.get(path)
+        if refit is None:
+            return transform_weight(conv.weight, site.tile), conv.bias
+        return refit.unpack(site.keep, site.shape).to(conv.weight.device), refit.bias.to(conv.weight.device)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan with its tensors to one safetensors file (the JSON text is its metadata)."""
+        from wsp_compiler.plan_file import save_plan
+
+        save_plan(self, path)
 
     @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """The plan written by :meth:`to_json`.
+    def load(cls, path: str | Path) -> PruningPlan:
+        """The plan that :meth:`save` wrote.
 
         Raises:
-            PlanError: the text is not such a plan.
+            PlanError: the file cannot be read, or is not such a plan.
+        """
+        from wsp_compiler.plan_file import load_plan
+
+        return load_plan(path)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; ``keep`` as base64 of its packed bits. Of tensors it holds the names alone."""
+        record: dict[str, Any] = {
+            "version": JSON_VERSION,
+            "sites": [site_to_json(site) for site in self.sites.values()],
+            "left_alone": self.left_alone,
+            "errors": self.errors,
+            "tensors": [*self.refits, *self.norms],
+        }
+        return json.dumps(record, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, tensors: PlanTensors | None = None) -> PruningPlan:
+        """The plan written by :meth:`to_json`.
+
+        Args:
+            text: the JSON.
+            tensors: (refits, norms) of a calibrated or trained plan, which the JSON does not hold.
+
+        Raises:
+            PlanError: the text is not such a plan, or the plan has tensors and they are not given.
         """
         try:
             record = json.loads(text)
             if record["version"] != JSON_VERSION:
                 raise ValueError(f"version {record['version']}, this package reads {JSON_VERSION}")
-            sites = [_site_from_json(entry) for entry in record["sites"]]
+            sites = [site_from_json(entry) for entry in record["sites"]]
             plan = cls(
                 {site.path: site for site in sites},
                 {str(path): str(why) for path, why in record["left_alone"].items()},
             )
             if len(plan) != len(sites):
                 raise ValueError("a path is planned twice")
+            plan.errors.update({str(path): float(error) for path, error in record.get("errors", {}).items()})
+            missing = [str(path) for path in record.get("tensors", [])]
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).splitlines()[:1])
             raise PlanError(
@@ -151,10 +131,23 @@ class PruningPlan(Mapping[str, SitePlan]):
                 where="PruningPlan.from_json",
                 fix="pass to_json()'s text unchanged",
             ) from error
+        refits, norms = tensors or ({}, {})
+        if missing and sorted(missing) != sorted([*refits, *norms]):
+            raise PlanError(
+                f"the plan has refitted weights ({', '.join(missing[:3])}, ...), which JSON does not hold",
+                where="PruningPlan.from_json",
+                fix="write such plans with plan.save(path) and read them with PruningPlan.load(path)",
+            )
+        plan.refits.update(refits)
+        plan.norms.update(norms)
         return plan
 
     def check_fits(self, convolutions: Mapping[str, nn.Conv2d]) -> None:
         """Raise :class:`PlanError` unless every planned site exists, has that shape and is eligible."""
+        for path, refit in self.refits.items():
+            if path not in self.sites:
+                raise PlanError("refitted, but not planned", where=path, fix="make the plan from this model")
+            refit.check(path, self[path].kept_weights, self[path].shape[1])
         for path, site in self.sites.items():
             conv = convolutions.get(path)
             if conv is None:
@@ -173,36 +166,93 @@ class PruningPlan(Mapping[str, SitePlan]):
             )
 
 
-def _site_to_json(site: SitePlan) -> dict[str, Any]:
-    bits = np.packbits(site.keep.cpu().flatten().numpy())
+PlanTensors = tuple[Mapping[str, SiteRefit], Mapping[str, NormStatistics]]
+"""(refits, norms) of a plan."""
+
+
+def choose_keep(entry: SitePlan, U: Tensor, importance: Importance) -> SitePlan:
+    """``entry`` with what its pattern keeps of U [p*p, n, c] under another importance."""
+    pattern = PATTERNS[entry.method]
+    if isinstance(pattern, BalancedWinogradStructured):
+        pattern = replace(pattern, block=entry.block)
+    return replace(entry, keep=pattern.keep(U, entry.pr, entry.direction, importance).cpu())
+
+
+def _candidates(
+    path: str, conv: nn.Conv2d, rule: PruneRule | None, options: CompileOptions
+) -> tuple[SitePlan, ...]:
+    """What a convolution can become: one SitePlan, or one per tile where the tile is to be chosen."""
+    method = (rule and rule.method) or options.method
+    direction = (rule and rule.direction) or options.direction
+    pr = options.pr if rule is None or rule.pr is None else rule.pr
+    tile = (rule and rule.tile) or options.tile
+    pattern, block, n = PATTERNS[method], None, conv.out_channels
+    if isinstance(pattern, BalancedWinogradStructured) and direction == "row":
+        size = block_of(n, pr, options.block if rule is None or rule.block is None else rule.block)
+        block = size if size < n else None
+        pattern = replace(pattern, block=block)
+    found: list[SitePlan] = []
+    for side in TILES if isinstance(tile, str) else (tile,):
+        U = transform_weight(conv.weight, side)  # [p*p, n, c]
+        found.append(
+            SitePlan(
+                path=path,
+                method=method,
+                direction=direction if pattern.uses_direction else "row",
+                tile=side,
+                pr=float(pr) if method != "dense" else 0.0,
+                keep=pattern.keep(U, pr, direction, IMPORTANCES[options.importance]).cpu(),
+                shape=(U.shape[0], U.shape[1], U.shape[2]),
+                block=block,
+            )
+        )
+    return tuple(found)
+
+
+def site_times(
+    entry: SitePlan, site: ConvSite, conv: nn.Conv2d, speed: SpeedSource | None, *, dense: bool = True
+) -> SiteTimes:
+    """Both times of a planned convolution on the inputs that the site has seen; ``dense`` asks for the second."""
+    if speed is None or not site.formats:
+        return SiteTimes(None, None)
+    pruned = speed.pruned(entry.path, conv, entry.keep, entry.tile, site.formats)
+    return SiteTimes(pruned, speed.dense(entry.path, conv, site.formats) if dense else None)
+
+
+def plan_times(
+    plan: PruningPlan,
+    sites: tuple[ConvSite, ...],
+    convolutions: Mapping[str, nn.Conv2d],
+    speed: SpeedSource | None,
+) -> dict[str, SiteTimes]:
+    """Both times of everything that a finished plan lowers, for the report; the plan stays as it is."""
+    known = {site.path: site for site in sites}
     return {
-        "path": site.path,
-        "method": site.method,
-        "direction": site.direction,
-        "tile": site.tile,
-        "pr": site.pr,
-        "shape": list(site.shape),
-        "keep_shape": list(site.keep.shape),
-        "keep": base64.b64encode(bits.tobytes()).decode("ascii"),
+        path: site_times(entry, known[path], convolutions[path], speed)
+        for path, entry in plan.items()
+        if path in known
     }
 
 
-def _site_from_json(entry: dict[str, Any]) -> SitePlan:
-    p2, n, c = (int(size) for size in entry["shape"])
-    keep_shape = tuple(int(size) for size in entry["keep_shape"])
-    bits = np.frombuffer(base64.b64decode(entry["keep"], validate=True), dtype=np.uint8)
-    count = math.prod(keep_shape)
-    if min(keep_shape) < 1 or len(bits) != -(-count // 8):
-        raise ValueError(f"{entry['path']}: {len(bits)} bytes of keep for {list(keep_shape)} bits")
-    keep = torch.as_tensor(np.unpackbits(bits, count=count).astype(bool)).view(keep_shape)
-    return SitePlan(
-        str(entry["path"]), str(entry["method"]), str(entry["direction"]), int(entry["tile"]),
-        float(entry["pr"]), keep, (p2, n, c),
-    )  # fmt: skip
+def _fastest(
+    candidates: tuple[SitePlan, ...], site: ConvSite, conv: nn.Conv2d, speed: SpeedSource | None
+) -> tuple[SitePlan, SiteTimes]:
+    """The candidate with the shortest known time; the first if none is known."""
+    times = [site_times(entry, site, conv, speed) for entry in candidates]
+
+    def microseconds(index: int) -> float:
+        timing = times[index].pruned
+        return math.inf if timing is None else timing.us
+
+    best = min(range(len(candidates)), key=microseconds)
+    return candidates[best], times[best]
 
 
 def make_plan(
-    sites: tuple[ConvSite, ...], convolutions: Mapping[str, nn.Conv2d], options: CompileOptions
+    sites: tuple[ConvSite, ...],
+    convolutions: Mapping[str, nn.Conv2d],
+    options: CompileOptions,
+    speed: SpeedSource | None = None,
 ) -> PruningPlan:
     """Decide for every site. Only this function decides.
 
@@ -210,6 +260,7 @@ def make_plan(
         sites: all convolutions of the model.
         convolutions: module path -> module, for the weights.
         options: the user's choices; every rule must match some path.
+        speed: knows times on the device; without it, or without recorded inputs, speed is not checked.
 
     Raises:
         RuleError: a rule matches no convolution.
@@ -229,19 +280,14 @@ def make_plan(
         if reason is not None:
             plan.left_alone[site.path] = reason
             continue
-        method = (rule and rule.method) or options.method
-        tile = (rule and rule.tile) or options.tile
-        direction = (rule and rule.direction) or options.direction
-        pr = options.pr if rule is None or rule.pr is None else rule.pr
-        pattern = PATTERNS[method]
-        U = transform_weight(convolutions[site.path].weight, tile)  # [p*p, n, c]
-        plan.sites[site.path] = SitePlan(
-            path=site.path,
-            method=method,
-            direction=direction if pattern.uses_direction else "row",
-            tile=tile,
-            pr=float(pr) if method != "dense" else 0.0,
-            keep=pattern.keep(U, pr, direction, IMPORTANCES[options.importance]).cpu(),
-            shape=(U.shape[0], U.shape[1], U.shape[2]),
+        conv = convolutions[site.path]
+        entry, times = _fastest(_candidates(site.path, conv, rule, options), site, conv, speed)
+        plan.times[site.path] = times
+        if times.slower and not options.keep_slower:
+            plan.left_alone[site.path] = f"the dense convolution is faster: {times.text()}"
+            continue
+        plan.sites[site.path] = entry
+        plan.errors[site.path] = relative_error(
+            transform_weight(conv.weight, entry.tile), entry.keep, entry.tile
         )
     return plan

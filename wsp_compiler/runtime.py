@@ -9,25 +9,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from wsp_compiler import report
+from wsp_compiler import opaque, report
 from wsp_compiler.codegen.layer import WinogradLayer
 from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.cuda_graph import CudaGraphs
 from wsp_compiler.errors import CompiledModuleError, InputError
+from wsp_compiler.inductor import InductorUnit
 from wsp_compiler.passes.base import (
+    CONV2D,
     INPUT_TRANSFORM,
     OUTPUT_TRANSFORM,
     SPARSE_BGEMM,
     WINOGRAD_CONV2D,
     PassRecord,
     arguments,
+    get_attribute,
     is_op,
     site_of,
 )
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.sites import ConvSite
+from wsp_compiler.speed import SiteTimes
 from wsp_compiler.trace import SITE
+from wsp_compiler.vendor_conv import VendorConv
 
 
 class Stage(nn.Module):
@@ -72,9 +79,35 @@ def _layer(
     )
 
 
+def _vendor_conv(gm: fx.GraphModule, given: Mapping[str, Any]) -> VendorConv:
+    """The launcher for a conv2d node with the arguments ``given``."""
+    weight, bias = get_attribute(gm, given["weight"]), get_attribute(gm, given["bias"])
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return VendorConv(
+        weight, bias, given["stride"], given["padding"], given["dilation"], given["groups"],
+        given["activation"], given["channels_last"],
+    )  # fmt: skip
+
+
+def _separate(graph: fx.Graph, home: str, conv: VendorConv, given: Mapping[str, Any]) -> fx.Node:
+    """The same as PyTorch's own operations, which torch.compile fuses."""
+    weight = graph.get_attr(f"{home}.weight")
+    bias = None if conv.bias is None else graph.get_attr(f"{home}.bias")
+    how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = graph.call_function(F.conv2d, (given["x"], weight, bias, *how))
+    if given["residual"] is not None:
+        y = graph.call_function(torch.add, (y, given["residual"]))
+    return graph.call_function(F.relu, (y,)) if conv.activation == "relu" else y
+
+
 def emit(
-    gm: fx.GraphModule, target: CodeTarget, precision: str | None, dtypes: Mapping[str, torch.dtype]
-) -> fx.GraphModule:
+    gm: fx.GraphModule,
+    target: CodeTarget,
+    precision: str | None,
+    dtypes: Mapping[str, torch.dtype],
+    rest: str = "eager",
+) -> fx.GraphModule | InductorUnit:
     """A copy of the lowered graph whose wsp operators are calls of kernel launchers; ``gm`` stays as it is.
 
     Stages that a custom pass has connected differently keep their eager meaning.
@@ -84,6 +117,7 @@ def emit(
         target: where the kernels run.
         precision: arithmetic of the matrix products, None to follow the inputs.
         dtypes: module path of a convolution -> dtype of its weight.
+        rest: "inductor" compiles the graph around the launchers with torch.compile.
     """
     graph = copy.deepcopy(gm.graph)
     emitted = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
@@ -92,25 +126,44 @@ def emit(
     while hasattr(gm, home):  # the model's own attributes keep their names
         home += "_"
 
+    def replace_by(node: fx.Node, new: fx.Node) -> None:
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
     def call(node: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         nonlocal count
         emitted.add_submodule(f"{home}.{count}", module)
         with graph.inserting_before(node):
             new = graph.call_module(f"{home}.{count}", args)
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        replace_by(node, new)
         count += 1
         return new
 
+    layers: list[WinogradLayer] = []
+    handles: list[int] = []
     for node in list(graph.nodes):
         if is_op(node, WINOGRAD_CONV2D):
             given = arguments(node)
-            call(
-                node,
-                _layer(gm, node, target, precision, dtypes),
-                (given["x"], given["residual"], given.get("like")),
-            )
+            layer = _layer(gm, node, target, precision, dtypes)
+            inputs = (given["x"], given["residual"], given.get("like"))
+            if rest == "eager":
+                call(node, layer, inputs)
+                continue
+            layers.append(layer)
+            handles.append(opaque.register(layer))
+            with graph.inserting_before(node):
+                replace_by(node, graph.call_function(opaque.WINOGRAD_LAYER, (*inputs, handles[-1])))
+        elif is_op(node, CONV2D):
+            given = arguments(node)
+            conv = _vendor_conv(gm, given)
+            if rest == "eager":
+                call(node, conv, (given["x"], given["residual"]))
+                continue
+            emitted.add_submodule(f"{home}.{count}", conv)
+            with graph.inserting_before(node):
+                replace_by(node, _separate(graph, f"{home}.{count}", conv, given))
+            count += 1
         elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
             V = arguments(M)["V"]
             if not is_op(V, INPUT_TRANSFORM) or len(M.users) > 1 or len(V.users) > 1:
@@ -126,7 +179,10 @@ def emit(
     emitted.delete_all_unused_submodules()
     graph.lint()
     emitted.recompile()
-    return emitted
+    if rest == "eager":
+        return emitted
+    emitted.meta["handles"] = handles
+    return InductorUnit(emitted, layers)
 
 
 @dataclass(frozen=True)
@@ -137,6 +193,7 @@ class CompilationRecord:
     plan: PruningPlan
     untraced: Mapping[str, str] = field(default_factory=dict[str, str])
     passes: tuple[PassRecord, ...] = ()
+    times: Mapping[str, SiteTimes] = field(default_factory=dict[str, SiteTimes])
 
 
 class CompiledModule(nn.Module):
@@ -147,16 +204,23 @@ class CompiledModule(nn.Module):
         graph_module: the lowered torch.fx.GraphModule, which runs in plain PyTorch; if the model could not be
             traced whole, the model with its traced submodules lowered.
         target: where the kernels run.
+        cuda_graphs: the captured :class:`CudaGraphs` if compiled with ``cuda_graph=True``, else None.
     """
 
     def __init__(
-        self, executable: nn.Module, graph_module: nn.Module, record: CompilationRecord, target: CodeTarget
+        self,
+        executable: nn.Module,
+        graph_module: nn.Module,
+        record: CompilationRecord,
+        target: CodeTarget,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.executable = executable
         self.__dict__["graph_module"] = graph_module  # its tensors are the executable's: not registered twice
         self.record = record
         self.target = target
+        self.cuda_graphs = CudaGraphs(executable, target.device) if cuda_graph else None
         self.training = False
 
     @property
@@ -171,7 +235,8 @@ class CompiledModule(nn.Module):
             InputError: an input requires grad, or does not fit a layer.
         """
         if torch.is_grad_enabled():
-            for leaf in pytree.tree_leaves((args, kwargs)):
+            plain = not kwargs and all(type(value) is Tensor for value in args)
+            for leaf in args if plain else pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     raise InputError(
                         "an input requires grad, but a compiled module is for inference only",
@@ -180,6 +245,8 @@ class CompiledModule(nn.Module):
                         "wsp_compiler.prune",
                     )
         with torch.no_grad():
+            if self.cuda_graphs is not None:
+                return self.cuda_graphs(args, kwargs)
             return self.executable(*args, **kwargs)
 
     def layers(self) -> Iterable[WinogradLayer]:
@@ -202,7 +269,11 @@ class CompiledModule(nn.Module):
             replace(site, input_shapes=tuple(shapes[site.path])) if site.path in shapes else site
             for site in self.record.sites
         ]
-        return report.format_report(sites, self.plan, self.record.untraced, self.record.passes, notes)
+        kernels = {layer.path: layer.choices[-1].candidate.label for layer in self.layers() if layer.choices}
+        record = self.record
+        return report.format_report(
+            sites, self.plan, record.untraced, record.passes, notes, record.times, kernels
+        )
 
     def kernel_source(self, path: str) -> str:
         """The generated text (CUDA C or LLVM IR) of the kernels built so far for the convolution at ``path``.

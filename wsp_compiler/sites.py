@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wsp_compiler.clone import named_modules
+from wsp_compiler.speed import CallFormat
 from wsp_compiler.trace import SITE, TracedModel, has_hooks, trace
 from wsp_compiler.winograd import FILTER_SIDE, output_size
 
@@ -25,6 +26,7 @@ class ConvSite:
         filters, channels: n and c.
         kernel, stride, padding: (vertical, horizontal).
         input_shapes: shape of each call's input [N, c, H, W], in call order; empty without example inputs.
+        formats: shape, dtype and memory format of the same calls.
         calls: number of calls in the traced graphs.
         reject: None if the convolution is eligible, else why it is not.
     """
@@ -39,6 +41,7 @@ class ConvSite:
     calls: int
     input_shapes: tuple[tuple[int, ...], ...] = ()
     reject: str | None = None
+    formats: tuple[CallFormat, ...] = ()
 
     @property
     def output_sizes(self) -> tuple[tuple[int, int, int], ...]:
@@ -120,7 +123,8 @@ def collect_sites(traced: TracedModel) -> tuple[ConvSite, ...]:
                 padding=padding_of(module),
                 bias=module.bias is not None,
                 calls=count,
-                input_shapes=traced.input_shapes.get(path, ()),
+                input_shapes=tuple(call.shape for call in traced.calls_seen.get(path, ())),
+                formats=traced.calls_seen.get(path, ()),
                 reject=unsupported(module) or (None if count else _uncalled(traced, path)),
             )
         )

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from wsp_compiler.clone import clone_module, named_modules
 from wsp_compiler.errors import InputError, ModelError
+from wsp_compiler.speed import CallFormat
 from wsp_compiler.units import CallSignature, TracedUnit, has_convolution, make_unit
 
 SITE = "wsp_site"
@@ -59,19 +60,22 @@ class TracedModel:
         units: module path ("" for the whole model) -> its graph.
         calls: module path -> how calls map to the graph's placeholders.
         untraced: module path -> why torch.fx could not trace it (its children may be units).
-        input_shapes: convolution path -> shape of each call's input, in call order; empty if unknown.
+        calls_seen: convolution path -> format of each call's input, in call order; empty if unknown.
     """
 
     model: nn.Module
     units: dict[str, fx.GraphModule] = field(default_factory=dict[str, fx.GraphModule])
     calls: dict[str, CallSignature] = field(default_factory=dict[str, CallSignature])
     untraced: dict[str, str] = field(default_factory=dict[str, str])
-    input_shapes: dict[str, tuple[tuple[int, ...], ...]] = field(
-        default_factory=dict[str, tuple[tuple[int, ...], ...]]
-    )
+    calls_seen: dict[str, tuple[CallFormat, ...]] = field(default_factory=dict[str, tuple[CallFormat, ...]])
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Convolution path -> shape of each call's input."""
+        return {path: tuple(call.shape for call in calls) for path, calls in self.calls_seen.items()}
 
     def assemble(
-        self, units: Mapping[str, fx.GraphModule], on_part: Callable[[str], None] | None = None
+        self, units: Mapping[str, nn.Module], on_part: Callable[[str], None] | None = None
     ) -> nn.Module:
         """The model with each traced submodule replaced by ``units[path]``; the rest are clones.
 
@@ -198,9 +202,9 @@ def _mark_sites(traced: TracedModel) -> None:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph and notes the input shape of every convolution call."""
+    """Runs a graph and notes the input of every convolution call."""
 
-    def __init__(self, graph_module: fx.GraphModule, shapes: dict[str, list[tuple[int, ...]]]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, shapes: dict[str, list[CallFormat]]) -> None:
         super().__init__(graph_module)
         self._shapes = shapes
 
@@ -208,7 +212,9 @@ class _ShapeRecorder(fx.Interpreter):
         if SITE in n.meta:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             given: Any = args[0] if args else kwargs["input"]
-            self._shapes.setdefault(n.meta[SITE], []).append(tuple(given.shape))
+            last = given.dim() == 4 and given.is_contiguous(memory_format=torch.channels_last)
+            call = CallFormat(tuple(given.shape), given.dtype, last)
+            self._shapes.setdefault(n.meta[SITE], []).append(call)
         return super().run_node(n)
 
 
@@ -263,7 +269,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
 
     If there are none, the input shapes are recorded, and units that nobody calls are given up.
     """
-    shapes: dict[str, list[tuple[int, ...]]] = {}
+    shapes: dict[str, list[CallFormat]] = {}
     wrong: dict[str, str] = {}
     called: set[str] = set()
 
@@ -272,7 +278,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
 
     def watch(unit: TracedUnit, path: str) -> Callable[..., Any]:
         original = clone_module(traced.model.get_submodule(path))
-        recorder = _ShapeRecorder(unit.graph_module, shapes)
+        recorder = _ShapeRecorder(traced.units[path], shapes)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             called.add(path)
@@ -302,7 +308,7 @@ def _observe(traced: TracedModel, example: Call, expected: Any) -> dict[str, str
         ) from error
     if not wrong and not _agrees(expected, actual):
         raise _disagreement(traced.model, "does not compute what the model computes on example_inputs")
-    traced.input_shapes = {path: tuple(found) for path, found in shapes.items()}
+    traced.calls_seen = {path: tuple(found) for path, found in shapes.items()}
     for path in () if wrong else set(traced.units) - called:
         del traced.units[path], traced.calls[path]
         traced.untraced[path] = "not called on example_inputs"

@@ -74,7 +74,7 @@ class CallSignature:
 class TracedUnit(nn.Module):
     """A traced (sub)module: runs ``graph_module``, answers everything else like the original module."""
 
-    def __init__(self, original: nn.Module, graph_module: fx.GraphModule, call: CallSignature) -> None:
+    def __init__(self, original: nn.Module, graph_module: nn.Module, call: CallSignature) -> None:
         nn.Module.__init__(self)  # super() may be the original's class
         self.graph_module = graph_module
         self.call = call
@@ -110,7 +110,7 @@ def _delegate(name: str) -> Callable[..., Any]:
 
 
 def make_unit(
-    original: nn.Module, graph_module: fx.GraphModule, call: CallSignature, on_part: Callable[[], None]
+    original: nn.Module, graph_module: nn.Module, call: CallSignature, on_part: Callable[[], None]
 ) -> TracedUnit:
     """The stand-in for ``original``: also an instance of its class, for untraced code may ask.
 

@@ -20,10 +20,15 @@ TOLERANCE = 1e-5
 """Relative L2; the folded weights are stored in float32."""
 
 
-def pruned_convolution(x: Tensor, conv: nn.Conv2d, plan: SitePlan) -> Tensor:
-    """The planned convolution computed from its kept Winograd weights, in x's dtype."""
+def pruned_convolution(
+    x: Tensor, conv: nn.Conv2d, plan: SitePlan, weights: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor:
+    """The planned convolution computed from its kept Winograd weights, in x's dtype.
+
+    ``weights`` are (U [p*p, n, c], bias) where they are not those of ``conv``.
+    """
     site = ops.WinogradSite(plan.keep.to(x.device))
-    site.fill(transform_weight(conv.weight, plan.tile), conv.bias)
+    site.fill(*(weights or (transform_weight(conv.weight, plan.tile), conv.bias)))
     padding, last = list(padding_of(conv)), ops.is_channels_last(conv.weight)
     V = ops.input_transform(x, site.columns, site.column_offset, padding, plan.tile)
     M = ops.sparse_bgemm(V, site.weight, site.rows, site.row_offset, site.column_offset)
@@ -45,7 +50,8 @@ class PlannedInterpreter(fx.Interpreter):
             conv = self.fetch_attr(str(n.target))
             if isinstance(conv, nn.Conv2d):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
-                return pruned_convolution(args[0] if args else kwargs["input"], conv, self._plan[path])
+                x = args[0] if args else kwargs["input"]
+                return pruned_convolution(x, conv, self._plan[path], self._plan.weights(path, conv))
         return super().run_node(n)
 
 

@@ -7,11 +7,12 @@ def test_groups_hold_the_shapes_of_their_networks() -> None:
     assert [case.name for case in RESNET18] == ["64@56", "128@28", "256@14", "512@7"]
     assert [case.name for case in VGG16] == ["64@224", "128@112", "256@56", "512@28"]
     assert SUPERRES[0].input_shape(2) == (2, 64, 360, 640)
-    assert all(case.group == group for group, cases in GROUPS.items() for case in cases)
+    assert all(case.group == group for group in ("resnet18", "vgg16", "superres") for case in GROUPS[group])
+    assert GROUPS["eight"] == (*RESNET18, *VGG16)
 
 
 def test_case_names_are_unique() -> None:
-    assert len(CASES) == sum(len(cases) for cases in GROUPS.values())
+    assert len(CASES) == len(RESNET18) + len(VGG16) + len(SUPERRES)
     assert len(set(known_names())) == len(known_names())
 
 
@@ -32,7 +33,9 @@ def test_select_twelve_ignores_batches() -> None:
 
 
 def test_select_of_an_unknown_case_lists_the_names() -> None:
-    with pytest.raises(ValueError, match=r"unknown case 'alexnet'; known: resnet18, vgg16, .*twelve, 64@56"):
+    with pytest.raises(
+        ValueError, match=r"unknown case 'alexnet'; known: resnet18, vgg16, eight, .*twelve, 64@56"
+    ):
         select(["alexnet"], [1])
 
 

@@ -27,7 +27,7 @@ def test_end_to_end(
     assert networks.main([*RUN, "--json", str(file)], fake_compile(1.0, options)) == 0
     assert [(option["pr"], option["method"]) for option in options] == [(0.0, "dense"), (0.8, "bwsp")]
     rows = load(file).rows
-    assert [row["name"] for row in rows] == ["tiny N=1 pr=0", "tiny N=1 pr=0.8"]
+    assert [row["name"] for row in rows] == ["tiny N=1 pr=0 eager", "tiny N=1 pr=0.8 eager"]
     assert rows[0]["relative_error"] < 1e-5
     assert rows[1]["relative_error"] is None
     assert all(set(row["ratios"]) == {"eager", "torch_compile"} for row in rows)
@@ -64,7 +64,7 @@ def test_a_failing_compile_is_a_failed_row(fake_compile: Any, capsys: pytest.Cap
 
     assert networks.main([*RUN, "--no-torch-compile"], fails_when_pruned) == 1
     out = capsys.readouterr().out
-    assert "FAILED tiny N=1 pr=0.8: RuntimeError: cannot prune" in out
+    assert "FAILED tiny N=1 pr=0.8 eager: RuntimeError: cannot prune" in out
     assert out.splitlines()[-1] == "minimum -"
 
 
@@ -78,7 +78,7 @@ def test_a_network_that_cannot_be_built_is_failed_rows(
     arguments = [*RUN, "--networks", "broken", "tiny", "--pr", "0.8", "--no-torch-compile"]
     assert networks.main(arguments, fake_compile()) == 1
     out = capsys.readouterr().out
-    assert "FAILED broken N=1 pr=0.8: RuntimeError: no such layer" in out
+    assert "FAILED broken N=1 pr=0.8 eager: RuntimeError: no such layer" in out
     assert "(1 of 2 cases)" in out
 
 
@@ -86,3 +86,16 @@ def test_unknown_network_lists_the_names(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         networks.main(["--networks", "resnet19"])
     assert "unknown network 'resnet19'; known: resnet18" in capsys.readouterr().err
+
+
+def test_the_faster_rest_counts() -> None:
+    def row(rest: str, us: float, failure: str | None = None) -> dict[str, Any]:
+        about = {"network": "tiny", "batch": 1, "pr": 0.8, "rest": rest}
+        return (
+            {**about, "ours_us": us, "failure": failure} if failure is None else {**about, "failure": failure}
+        )
+
+    fast, slow, failed = row("inductor", 1.0), row("eager", 2.0), row("inductor", 0.0, "no compiler")
+    assert networks.best_rest([slow, fast]) == [fast]
+    assert networks.best_rest([failed, slow]) == [slow]
+    assert networks.best_rest([slow, failed]) == [slow]

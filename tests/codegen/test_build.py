@@ -16,28 +16,30 @@ import torch
 
 from wsp_compiler.codegen import build as module
 from wsp_compiler.codegen import cache
-from wsp_compiler.codegen.build import BuiltKernel, build, lower, versions
-from wsp_compiler.codegen.targets import cpu_target
+from wsp_compiler.codegen.build import BuiltKernel, build, generator_hash, lower, versions
+from wsp_compiler.codegen.targets import CodeTarget, cpu_target
 from wsp_compiler.codegen.tvm_import import T
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def add(amount: float) -> Callable[[], Any]:
-    """Maker of a kernel that adds ``amount`` to 16 numbers."""
+def make_add(amount: float) -> Any:
+    """A kernel that adds ``amount`` to 16 numbers."""
 
-    def make() -> Any:
-        @T.prim_func
-        def kernel(
-            a: T.Buffer((16,), "float32", align=4),  # type: ignore[valid-type]
-            b: T.Buffer((16,), "float32", align=4),  # type: ignore[valid-type]
-        ):
-            for i in T.serial(16):
-                b[i] = a[i] + T.float32(amount)
+    @T.prim_func
+    def kernel(
+        a: T.Buffer((16,), "float32", align=4),  # type: ignore[valid-type]
+        b: T.Buffer((16,), "float32", align=4),  # type: ignore[valid-type]
+    ):
+        for i in T.serial(16):
+            b[i] = a[i] + T.float32(amount)
 
-        return kernel
+    return kernel
 
-    return make
+
+def add(amount: float, name: str = "add", target: CodeTarget | None = None) -> BuiltKernel:
+    """The built :func:`make_add`."""
+    return build(make_add, name, target or cpu_target(), (amount,))
 
 
 def run(kernel: BuiltKernel) -> float:
@@ -75,7 +77,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_is_built_once_per_process(folder: Path, lowered: list[str]):
-    first, second = (build(add(1), "add", cpu_target()) for _ in range(2))
+    first, second = (add(1) for _ in range(2))
     assert first is second
     assert run(first) == 1
     assert lowered == ["add"]
@@ -84,10 +86,10 @@ def test_a_kernel_is_built_once_per_process(folder: Path, lowered: list[str]):
 
 def test_different_code_names_and_targets_are_different_kernels(folder: Path, lowered: list[str]):
     kernels = [
-        build(add(1), "add", cpu_target()),
-        build(add(2), "add", cpu_target()),
-        build(add(1), "plus", cpu_target()),
-        build(add(1), "add", cpu_target("generic" if os.uname().machine == "aarch64" else "x86-64")),
+        add(1),
+        add(2),
+        add(1, "plus"),
+        add(1, target=cpu_target("generic" if os.uname().machine == "aarch64" else "x86-64")),
     ]
     assert [run(kernel) for kernel in kernels] == [1, 2, 1, 1]
     assert len(lowered) == 4
@@ -96,17 +98,47 @@ def test_different_code_names_and_targets_are_different_kernels(folder: Path, lo
 
 def test_versions_are_part_of_the_key(folder: Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch):
     assert "apache-tvm=0." in versions()
-    build(add(1), "add", cpu_target())
+    add(1)
+    forget(monkeypatch)
     monkeypatch.setattr(module, "versions", lambda: "another TVM")
-    assert run(build(add(1), "add", cpu_target())) == 1
+    assert run(add(1)) == 1
     assert len(list(folder.iterdir())) == 2
 
 
 def test_a_new_process_loads_from_disk(folder: Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch):
-    build(add(3), "add", cpu_target())
+    add(3)
     forget(monkeypatch)
-    assert run(build(add(3), "add", cpu_target())) == 3
+    assert run(add(3)) == 3
     assert lowered == ["add"]
+
+
+def test_what_is_known_needs_no_tensor_ir(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither in the process nor from disk: making it takes longer than loading the object."""
+
+    def refuse(make: Any) -> Any:
+        raise AssertionError("TensorIR made again")
+
+    add(8)
+    monkeypatch.setattr(make_add, "__code__", refuse.__code__)
+    assert run(add(8)) == 8
+    forget(monkeypatch)
+    assert run(add(8)) == 8
+    with pytest.raises(AssertionError, match="made again"):
+        add(9)
+
+
+def test_the_generators_source_is_part_of_the_key(folder: Path, lowered: list[str], tmp_path: Path):
+    """Of its own module and of what that imports of this package, not of others."""
+    package = Path(module.__file__).parents[1]
+    fused = generator_hash(str(package / "codegen" / "cpu_winograd.py"))
+    assert fused != generator_hash(str(package / "codegen" / "cuda_input_transform.py"))
+    file = tmp_path / "generator.py"
+    hashes: list[str] = []
+    for text in ("a = 1\n", "a = 2\n", "from wsp_compiler.winograd import transform\na = 1\n"):
+        file.write_text(text)
+        generator_hash.cache_clear()
+        hashes.append(generator_hash(str(file)))
+    assert len(set(hashes)) == 3
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -122,16 +154,16 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damage_costs_a_rebuild(
     damage: str, folder: Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ):
-    build(add(4), "add", cpu_target())
+    add(4)
     file = next(folder.iterdir())
     good = file.read_bytes()
     DAMAGE[damage](file)
     forget(monkeypatch)
-    assert run(build(add(4), "add", cpu_target())) == 4
+    assert run(add(4)) == 4
     assert lowered == ["add", "add"]
     assert cache.decode(file.read_bytes()).keys() == cache.decode(good).keys()
     forget(monkeypatch)
-    assert run(build(add(4), "add", cpu_target())) == 4
+    assert run(add(4)) == 4
     assert len(lowered) == 2
 
 
@@ -142,28 +174,28 @@ def test_without_a_usable_directory_kernels_still_run(
         raise PermissionError("refused")
 
     monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
-    assert run(build(add(5), "add", cpu_target())) == 5
+    assert run(add(5)) == 5
     assert "not writable" in caplog.text
     monkeypatch.setenv("WSP_CACHE_DIR", "")
     with caplog.at_level(logging.WARNING):
         caplog.clear()
-        assert run(build(add(6), "add", cpu_target())) == 6
+        assert run(add(6)) == 6
     assert caplog.text == ""
     assert lowered == ["add", "add"]
     assert not list(folder.iterdir())
 
 
 def test_text_is_made_again_for_a_kernel_from_disk(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    text = build(add(7), "add", cpu_target()).text()
+    text = add(7).text()
     assert "define" in text
     assert "7.000000e+00" in text
     forget(monkeypatch)
-    assert build(add(7), "add", cpu_target()).text() == text
+    assert add(7).text() == text
 
 
 def test_many_threads_build_and_read_text_at_once(folder: Path, lowered: list[str]):
     def work(number: int) -> tuple[float, bool]:
-        kernel = build(add(number % 3), "add", cpu_target())
+        kernel = add(number % 3)
         return run(kernel), "define" in kernel.text()
 
     with ThreadPoolExecutor(8) as pool:

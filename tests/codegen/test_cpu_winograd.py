@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 import wsp_compiler
 from wsp_compiler import PruneRule
+from wsp_compiler.codegen import build
 from wsp_compiler.codegen.build import lower
+from wsp_compiler.codegen.cpu_configs import default_config
 from wsp_compiler.codegen.cpu_winograd import ALL_STAGES, make_cpu_kernel
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.codegen.targets import cpu_target
+from wsp_compiler.codegen.tvm_import import tvm
 from wsp_compiler.runtime import CompiledModule
 
 from ..reference import TOLERANCE, assert_close, pruned_convolution, relative_error
@@ -170,9 +174,12 @@ def test_the_avx2_code_runs_and_is_right():
         compiled = compile_all(conv, 0.5, tile=tile, target={"kind": "llvm", "mcpu": "x86-64-v3"})
         expected = pruned_convolution(x, conv, compiled.plan[""].keep, tile)
         assert_close(compiled(x), expected, TOLERANCE["fp32", tile])
-        text = compiled.kernel_source("")
-        assert "<8 x float>" in text
-        assert "<16 x float>" not in text
+        (layer,) = compiled.layers()
+        (cpu,) = layer._state["layers"].values()
+        code = lower(make_cpu_kernel(cpu.spec, cpu.config), "probe", cpu.target).host.inspect_source("asm")
+        assert "%ymm" in code
+        assert "%zmm" not in code
+        assert "vfmadd" in code
 
 
 @pytest.mark.parametrize("stages", [ALL_STAGES, *((stage,) for stage in ALL_STAGES)])
@@ -195,6 +202,26 @@ def test_accumulators_stay_in_registers(stages: tuple[str, ...]):
         activation="relu",
     )
     target = cpu_target()
-    config = CpuConfig(lanes=target.lanes, vectors=1, tile_block=8)
+    config = CpuConfig(lanes=target.lanes, rows=4, vectors=2)
     lowered = lower(make_cpu_kernel(spec, config, stages), "probe", target)
     assert "TVMBackendAllocWorkspace" not in lowered.host.inspect_source("ll")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_neon_code_is_vectorised(last: bool, monkeypatch: pytest.MonkeyPatch):
+    """Text only: this machine need not run it."""
+    if "aarch64" not in [str(name) for name in tvm.target.codegen.llvm_get_targets()]:
+        pytest.skip("this LLVM does not generate AArch64 code")
+    neon = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"})
+    monkeypatch.setattr(build, "tvm_target", lambda target: neon)
+    spec = KernelSpec(
+        filters=40, channels=24, height=14, width=14, padding=(1, 1), tile=2, dtype="float32", precision="fp32",
+        input_channels_last=last, output_channels_last=last, columns_pruned=False, rows_pruned=True,
+        residual=True, activation="relu",
+    )  # fmt: skip
+    config = default_config(spec, 4, [8] * 16)
+    assert config.rows * config.vectors + config.vectors < 32
+    text = lower(make_cpu_kernel(spec, config), "probe", cpu_target()).host.inspect_source("asm")
+    multiplies = re.findall(r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.(?:4s|s\[\d\])", text)
+    assert len(multiplies) >= config.rows * config.vectors
+    assert "TVMBackendAllocWorkspace" not in text

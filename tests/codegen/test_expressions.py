@@ -52,7 +52,7 @@ def evaluate(
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "uint16": torch.uint16}
     y = torch.empty(x.shape, dtype=dtypes[stored])
-    build(lambda: apply, "apply", cpu_target()).function(x.contiguous(), y)
+    build(lambda text: apply, "apply", cpu_target(), (apply.script(),)).function(x.contiguous(), y)
     return y
 
 
@@ -160,6 +160,6 @@ def test_transforms_equal_matrix_products(name: str, tile: int):
             b[i] = o[i]
 
     x, y = torch.randn(p, p), torch.empty(q * q)
-    build(lambda: apply, "apply", cpu_target()).function(x.reshape(-1), y)
+    build(lambda text: apply, "apply", cpu_target(), (apply.script(),)).function(x.reshape(-1), y)
     M = winograd.tensor(name, torch.float64)
     assert torch.allclose(y.view(q, q).double(), M @ x.double() @ M.T, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsp_compiler.codegen.spec import CpuConfig, CudaConfig, KernelSpec
+from wsp_compiler.codegen.spec import CpuConfig, CudaConfig, FusedConfig, KernelSpec
 from wsp_compiler.errors import OptionError
 
 
@@ -62,8 +62,9 @@ def test_specs_are_keys():
 
 
 def test_cpu_configurations():
-    assert CpuConfig(lanes=16, vectors=3, tile_block=9).row_block == 48
-    for values in ((3, 1, 1), (16, 0, 1), (16, 9, 1), (16, 1, 0), (16, 1, 33)):
+    assert CpuConfig(lanes=16, rows=13, vectors=2).split == "auto"
+    bad = ((3, 1, 1), (16, 0, 1), (16, 33, 1), (16, 1, 0), (16, 1, 9), (16, 1, 1, 2), (16, 1, 1, 0, 0))
+    for values in (*bad, (16, 1, 1, 0, 1, "rows")):
         with pytest.raises(OptionError, match=r"CpuConfig(?s:.*)out of range"):
             CpuConfig(*values)
 
@@ -82,3 +83,43 @@ def test_cuda_configurations():
     ):
         with pytest.raises(OptionError, match="CudaConfig"):
             dataclasses.replace(config, **changes)
+
+
+def test_fused_configurations():
+    config = FusedConfig(tile=4, tiles=16, groups=2, rows=32, warps=12)
+    assert (config.positions, config.threads) == (36, 384)
+    assert config.accumulators == 3 * 2 * 2 * 4  # positions of a warp, rows / 16, tiles / 8, 4
+    # V: 16 tiles x 32 words. M: pairs of tiles x (rows + 8) words, or tiles x (rows + 4).
+    assert config.shared_bytes(packed=True) == 4 * 36 * 16 * 32
+    wide = dataclasses.replace(config, rows=64)
+    assert wide.shared_bytes(packed=True) == 4 * 36 * 8 * 72
+    assert wide.shared_bytes(packed=False) == 4 * 36 * 16 * 68
+    assert len({config, wide, dataclasses.replace(config)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile": 3}, "tile 2 or 4"),
+        ({"tiles": 12}, "tiles % 8"),
+        ({"rows": 24}, "rows % 16"),
+        ({"tiles": 0}, "at least 1"),
+        ({"rows": 0}, "at least 1"),
+        ({"groups": 0}, "at least 1"),
+        ({"warps": 0}, "at least 1"),
+        ({"blocks_per_sm": 0}, "at least 1"),
+        ({"warps": 36}, "at most 32"),
+        ({"slice_words": 24}, "slice_words 16 or 32"),
+        ({"words": 3}, "words 1, 2 or 4"),
+        ({"warps": 8}, "divisor of the positions"),
+        ({"prefetch": 0}, "prefetch 1 to 12"),
+        ({"prefetch": 13}, "prefetch 1 to 12"),
+        ({"rows": 512}, "accumulators"),
+        ({"blocks_per_sm": 5}, "accumulators"),
+        ({"tiles": 64, "rows": 16}, "226 KiB"),
+    ],
+)
+def test_impossible_fused_configurations_are_errors(changes: dict[str, Any], message: str):
+    config = FusedConfig(tile=4, tiles=16, groups=1, rows=32, warps=12)
+    with pytest.raises(OptionError, match=rf"FusedConfig(?s:.*){message}"):
+        dataclasses.replace(config, **changes)

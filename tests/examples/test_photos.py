@@ -82,3 +82,14 @@ def test_a_missing_package_is_an_error_that_says_how_to_install_it():
         optional_module("no_such_package")
     with pytest.raises(ModuleNotFoundError, match=r"no_such_package.*wsp_compiler\[examples\]"):
         optional_package_folder("no_such_package")
+
+
+def test_calibration_crops_are_spread_and_repeat():
+    crops = photos.calibration_crops(4, 64)
+    assert crops.shape == (4, 1, 64, 64)
+    assert torch.equal(crops, photos.calibration_crops(4, 64))
+    assert len({float(crop.mean()) for crop in crops}) == 4
+    chelsea = photos.load("chelsea")  # 300 x 451: the first crop is a quarter down what is left, and left
+    top, left = int((300 - 64) * 0.25), int((451 - 64) * 0.25)
+    noise = crops[0] - chelsea[0, :, top : top + 64, left : left + 64]
+    assert float(noise.std()) == pytest.approx(photos.SIGMA / 255, rel=0.05)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import wsp_compiler
-from wsp_compiler.passes.base import WINOGRAD_CONV2D, arguments, is_op
+from wsp_compiler.passes.base import CONV2D, WINOGRAD_CONV2D, arguments, is_op
 
 
 class Chain(nn.Module):
@@ -41,12 +41,12 @@ def test_inside_a_chain_channels_last_and_the_models_format_at_its_exit() -> Non
 
 
 def test_does_not_fire_where_others_read_the_value() -> None:
-    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Sigmoid(), nn.Conv2d(16, 16, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Softmax(1), nn.Conv2d(16, 16, 3)).eval()
     compiled = wsp_compiler.compile(model, method="dense")
     record = next(record for record in compiled.record.passes if record.name == "assign_layout")
     assert record.rewrites.count == 0
     reasons = {reason for _, reason in record.rewrites.declined}
-    assert reasons == {"read by an operation that is not lowered"}
+    assert reasons == {"read by an operation that needs the model's format"}
 
 
 def test_does_not_fire_on_channels_last_weights() -> None:
@@ -77,3 +77,37 @@ def test_does_nothing_where_stages_are_not_merged() -> None:
     x = torch.randn(1, 16, 7, 7)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
+
+
+class Classifier(nn.Module):
+    """Vendor's and lowered convolutions, pooling between them, and a reader that hides or shows the format."""
+
+    def __init__(self, shows: bool) -> None:
+        super().__init__()
+        self.first, self.pool = nn.Conv2d(3, 16, 7, stride=2), nn.MaxPool2d(2)
+        self.conv, self.down = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 24, 1, stride=2)
+        self.shows = shows
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.relu(self.conv(self.pool(self.first(x)))))
+        return y.view(y.shape[0], -1) if self.shows else torch.flatten(y, 1)
+
+
+def test_whole_networks_stay_channels_last_up_to_flatten() -> None:
+    model, x = Classifier(shows=False).eval(), torch.randn(2, 3, 40, 40)
+    compiled = wsp_compiler.compile(model, method="dense", example_inputs=x, check=True)
+    nodes = [node for node in compiled.graph_module.graph.nodes if node.target in (WINOGRAD_CONV2D, CONV2D)]
+    assert [arguments(node)["channels_last"] for node in nodes] == [True] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reader_that_shows_the_format_keeps_it() -> None:
+    """Tensor.view fails on a channels_last image: everything before it up to a lowered layer has to be plain."""
+    model, x = Classifier(shows=True).eval(), torch.randn(2, 3, 40, 40)
+    compiled = wsp_compiler.compile(model, method="dense", example_inputs=x, check=True)
+    nodes = [node for node in compiled.graph_module.graph.nodes if node.target in (WINOGRAD_CONV2D, CONV2D)]
+    assert [arguments(node)["channels_last"] for node in nodes] == [True, False, False]
+    assert str(arguments(nodes[1])["like"]) == "x"
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

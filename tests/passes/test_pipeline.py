@@ -26,6 +26,7 @@ ORDER = [
     "fold_conv_batch_norm",
     "fuse_epilogue",
     "merge_stages",
+    "fuse_conv_epilogue",
     "assign_layout",
 ]
 

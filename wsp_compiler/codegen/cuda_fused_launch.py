@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, cast
@@ -12,33 +13,44 @@ from torch import Tensor
 from wsp_compiler.codegen.build import BuiltKernel, build
 from wsp_compiler.codegen.cpu_launch import flat_view
 from wsp_compiler.codegen.cuda_fused import make_fused
-from wsp_compiler.codegen.pack import FusedWeights, pack_fused, rows_per_group
+from wsp_compiler.codegen.fused_estimate import elements_per_word, estimated_cycles
+from wsp_compiler.codegen.pack_fused import FusedWeights, pack_fused, rows_per_group
+from wsp_compiler.codegen.packed import packed
 from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
+
+PRECISIONS = {("fp16", "float16"), ("bf16", "bfloat16"), ("tf32", "float32"), ("fp32", "float32")}
+"""(precision, dtype) that the fused kernel computes."""
 
 
 def fused_applies(spec: KernelSpec) -> bool:
-    """True if the fused kernel can compute ``spec``."""
+    """True if the fused kernel can compute ``spec``: 32-bit words of channels in slices of 16, filters by 32."""
     return (
-        spec.tile == 2
-        and spec.precision == "fp16"
-        and spec.dtype == "float16"
+        (spec.precision, spec.dtype) in PRECISIONS
         and spec.input_channels_last
         and spec.output_channels_last
         and not spec.columns_pruned
-        and spec.channels % 32 == 0
+        and spec.channels % (16 * elements_per_word(spec)) == 0
         and spec.filters % 32 == 0
     )
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What bounds a configuration: number of SMs, and shared memory of a block and of an SM in bytes."""
+    """What bounds a configuration.
+
+    Attributes:
+        multiprocessors: number of SMs.
+        shared_per_block, shared_per_sm: shared memory in bytes.
+        dependent_launch: a kernel may start while the one before drains (compute capability 9.0 and later).
+    """
 
     multiprocessors: int
     shared_per_block: int
     shared_per_sm: int
+    dependent_launch: bool = False
 
 
 @cache
@@ -49,37 +61,97 @@ def device_limits(index: int) -> DeviceLimits:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         properties.shared_memory_per_multiprocessor,
+        properties.major >= 9,
     )
 
 
 def choose_fused_config(
     spec: KernelSpec, site: WinogradSite, tiles: int, limits: DeviceLimits
 ) -> FusedConfig | None:
-    """The configuration for ``tiles`` tiles, or None if none fits.
+    """The configuration with the shortest estimated time for ``tiles`` tiles, or None if none fits."""
+    return min(
+        fused_candidates(spec, site, limits, tiles),
+        key=lambda config: estimated_cycles(spec, config, tiles, limits.multiprocessors),
+        default=None,
+    )
 
-    From measurements on an H100 (docs/kernel_log.md): 32 tiles per block while that fills the GPU four times over,
-    else 16 tiles; filters are divided only while blocks are fewer than two thirds of the SMs, since every group
-    transforms the input again.
+
+def registers_per_thread(config: FusedConfig) -> int:
+    """What the launch bounds leave a thread: each of an SM's four partitions has 16384 registers."""
+    warps = -(-config.warps * config.blocks_per_sm // 4)
+    return min(255, 16384 // (warps * 32) // 8 * 8)
+
+
+def registers_needed(spec: KernelSpec, config: FusedConfig) -> int:
+    """Estimate, good to about 10: accumulators, the patches being transformed, weights on their way, addresses."""
+    one_slice = spec.channels == config.slice_words * elements_per_word(spec)
+    patches = config.positions * config.words
+    weights = config.rows // 16 * 8 * config.prefetch * (2 if spec.precision == "fp32" else 1)
+    if one_slice:  # accumulators and patches do not live at the same time
+        return max(config.accumulators + weights + 24, patches + 24)
+    return config.accumulators + max(patches + 22, weights + 24)
+
+
+def fused_candidates(
+    spec: KernelSpec, site: WinogradSite, limits: DeviceLimits, tiles: int
+) -> list[FusedConfig]:
+    """Every sensible configuration of the fused kernel that computes ``tiles`` tiles of ``spec`` and fits the device.
+
+    Left out: input that leaves a third of the threads idle, fewer than 8 or more than 24 warps on an SM, fewer blocks
+    on an SM than fit, and narrow slices of 16-bit words, which never won.
     """
-    fallback: FusedConfig | None = None
-    for groups in (1, 2, 4, 8, 16):
-        if spec.filters % (groups * 32):
-            break
-        rows = max(8, -(-rows_per_group(site, groups) // 8) * 8)
-        for block_tiles, most_rows, waves in ((32, 56, 4.0), (16, 104, 2 / 3)):
-            slice_width = 64 if spec.channels % 64 == 0 else 32
-            if rows > most_rows:
+    if not fused_applies(spec):
+        return []
+    pack = elements_per_word(spec)
+    words = spec.channels // pack
+    group_counts = [g for g in (1, 2, 4, 8, 16) if spec.filters % (32 * g) == 0]
+    slices = [width for width in (32, 16) if words % width == 0]
+    warp_counts, word_counts = ((4, 6, 12), (1, 2)) if spec.tile == 4 else ((4, 8, 16), (1, 2, 4))
+    found: list[FusedConfig] = []
+    for groups in group_counts:
+        rows = max(16, -(-rows_per_group(site, groups) // 16) * 16)
+        for block, width, warps, count in itertools.product(
+            (8, 16, 24, 32, 48, 64), slices[:1] if pack == 2 else slices, warp_counts, word_counts
+        ):
+            items = block * width // count / (32 * warps)  # of input, per thread
+            if items < 2 / 3 or (items != int(items) and items < 1.6):
                 continue
-            per_sm = {16: 3, 24: 2, 32: 3 - block_tiles // 16}.get(rows, 1) if rows > 8 else 3
-            config = FusedConfig(block_tiles, groups, rows, slice_width, per_sm)
-            if config.shared_bytes > limits.shared_per_block - 1024:
-                continue
-            if config.shared_bytes * per_sm > limits.shared_per_sm - 4096:
-                config = replace(config, blocks_per_sm=1)
-            fallback = config
-            if -(-tiles // block_tiles) * groups >= waves * limits.multiprocessors:
-                return config
-    return fallback
+            config = _densest(spec, limits, (spec.tile, block, groups, rows, width, warps, count))
+            if config is not None:
+                # Where blocks do not fill the SMs, those of the next kernel would double up on some of them.
+                full = -(-tiles // block) * groups >= 0.9 * limits.multiprocessors * config.blocks_per_sm
+                found.append(replace(config, dependent_launch=limits.dependent_launch and full))
+    return found
+
+
+def _densest(spec: KernelSpec, limits: DeviceLimits, knobs: tuple[int, ...]) -> FusedConfig | None:
+    """The configuration with most blocks per SM that neither registers nor shared memory forbid."""
+    for blocks, prefetch in itertools.product((6, 5, 4, 3, 2, 1), (6, 3, 2, 1)):
+        try:
+            config = FusedConfig(*knobs, prefetch=prefetch, blocks_per_sm=blocks)
+        except OptionError:
+            continue
+        shared = config.shared_bytes(packed=elements_per_word(spec) == 2) + 1024 + 16 * config.tiles
+        fits = shared <= limits.shared_per_block and shared * blocks <= limits.shared_per_sm
+        enough = registers_needed(spec, config) <= registers_per_thread(config) + 4
+        if fits and enough and 8 <= blocks * config.warps <= 24:
+            return config
+    return None
+
+
+def fused_accepts(spec: KernelSpec, site: WinogradSite, config: FusedConfig, limits: DeviceLimits) -> bool:
+    """True if ``config`` computes ``spec`` with the kept rows of ``site`` and fits the device."""
+    if not fused_applies(spec) or config.tile != spec.tile or spec.filters % (32 * config.groups):
+        return False
+    packed = elements_per_word(spec) == 2
+    shared = config.shared_bytes(packed=packed) + 1024 + 16 * config.tiles
+    return (
+        spec.channels // elements_per_word(spec) % config.slice_words == 0
+        and shared <= limits.shared_per_block
+        and shared * config.blocks_per_sm <= limits.shared_per_sm
+        and rows_per_group(site, config.groups) <= config.rows
+        and (limits.dependent_launch or not config.dependent_launch)
+    )
 
 
 @dataclass
@@ -95,19 +167,43 @@ class FusedLayer:
     @cached_property
     def weights(self) -> FusedWeights:
         """Packed weights."""
-        return pack_fused(self.site, self.spec, self.config)
+        key = ("fused", self.spec.tile, self.spec.precision, self.config.groups, self.config.rows)
+        return packed(self.site, key, lambda: pack_fused(self.site, self.spec, self.config))
 
     @cached_property
     def kernel(self) -> BuiltKernel:
         """The built kernel."""
-        return build(lambda: make_fused(self.spec, self.config), "winograd_fused", self.target)
+        return build(make_fused, "winograd_fused", self.target, (self.spec, self.config))
 
     def run(self, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
         """Write the layer's output into y; all images dense channels_last."""
         w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
         r = y if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        blocks = -(-total // self.config.tiles) * self.config.groups
         with torch.cuda.device(x.device):
             self.kernel.function(
-                flat_view(x), w.U, w.slot, w.bias, self.slope, flat_view(r), flat_view(y),
-                w.factor, total, -(-total // self.config.tiles),
-            )  # fmt: skip
+                _words(x),
+                w.U,
+                w.slot,
+                w.bias,
+                self.slope,
+                _elements(r),
+                _elements(y),
+                w.factor,
+                total,
+                blocks,
+            )
+
+
+def _words(x: Tensor) -> Tensor:
+    """A dense tensor as its 32-bit words, in memory order; the kernel reads them 4, 8 or 16 bytes at a time."""
+    flat = flat_view(x)
+    if flat.data_ptr() % 16:
+        flat = flat.clone()
+    return flat.view(torch.float32)
+
+
+def _elements(y: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order; 16-bit ones as their bits."""
+    flat = flat_view(y)
+    return flat.view(torch.uint16) if flat.element_size() == 2 else flat

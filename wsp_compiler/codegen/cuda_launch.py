@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wsp_compiler.codegen.build import BuiltKernel, build
+from wsp_compiler.codegen.candidates import Candidate, three_kernels_candidates
 from wsp_compiler.codegen.cpu_launch import flat_view
 from wsp_compiler.codegen.cuda_fused_launch import (
     FusedLayer,
     choose_fused_config,
     device_limits,
+    fused_accepts,
     fused_applies,
+    fused_candidates,
 )
 from wsp_compiler.codegen.cuda_gemm_ffma import make_gemm_ffma
 from wsp_compiler.codegen.cuda_gemm_mma import make_gemm_mma
 from wsp_compiler.codegen.cuda_input_transform import input_blocks, make_input_transform
 from wsp_compiler.codegen.cuda_output_transform import make_output_transform, output_blocks
+from wsp_compiler.codegen.fused_estimate import estimated_cycles
 from wsp_compiler.codegen.pack import CudaWeights, pack_cuda
-from wsp_compiler.codegen.spec import OPERAND_STORAGE, CudaConfig, FusedConfig, KernelSpec
+from wsp_compiler.codegen.packed import packed
+from wsp_compiler.codegen.spec import OPERAND_STORAGE, CudaConfig, FusedConfig, KernelSpec, ThreeKernelsConfig
 from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
 
 TORCH_STORAGE = {"float16": torch.float16, "uint16": torch.uint16, "float32": torch.float32}
@@ -66,7 +70,8 @@ class CudaLayer:
     @cached_property
     def weights(self) -> CudaWeights:
         """Packed weights."""
-        return pack_cuda(self.site, self.spec)
+        key = ("three kernels", self.spec.tile, self.spec.precision)
+        return packed(self.site, key, lambda: pack_cuda(self.site, self.spec))
 
     @cached_property
     def config(self) -> CudaConfig:
@@ -81,21 +86,32 @@ class CudaLayer:
         return slope
 
     @cached_property
-    def kernels(self) -> tuple[BuiltKernel, BuiltKernel, BuiltKernel]:
-        """Input transform, batched GEMM, output transform."""
-        make_gemm = make_gemm_ffma if self.spec.precision == "fp32" else make_gemm_mma
-        makers: tuple[tuple[Callable[[], Any], str], ...] = (
-            (lambda: make_input_transform(self.spec, input_lanes(self.spec)), "input_transform"),
-            (lambda: make_gemm(self.spec, self.config), "sparse_bgemm"),
-            (lambda: make_output_transform(self.spec), "output_transform"),
+    def transforms(self) -> tuple[BuiltKernel, BuiltKernel]:
+        """Input and output transform of the three kernels."""
+        lanes = input_lanes(self.spec)
+        return (
+            build(make_input_transform, "input_transform", self.target, (self.spec, lanes)),
+            build(make_output_transform, "output_transform", self.target, (self.spec,)),
         )
-        first, second, third = (build(make, name, self.target) for make, name in makers)
-        return first, second, third
+
+    @cached_property
+    def _gemms(self) -> dict[CudaConfig, BuiltKernel]:
+        return {}
+
+    def gemm(self, config: CudaConfig) -> BuiltKernel:
+        """The batched GEMM of the three kernels."""
+        if config not in self._gemms:
+            make = make_gemm_ffma if self.spec.precision == "fp32" else make_gemm_mma
+            self._gemms[config] = build(make, "sparse_bgemm", self.target, (self.spec, config))
+        return self._gemms[config]
 
     def source(self) -> str:
         """CUDA C of the kernels built so far."""
         texts = [layer.kernel.text() for layer in self._fused.values()]
-        return "\n".join(texts or [kernel.text() for kernel in self.kernels])
+        if self._gemms or not texts:
+            gemms = list(self._gemms.values()) or [self.gemm(self.config)]
+            texts += [kernel.text() for kernel in (self.transforms[0], *gemms, self.transforms[1])]
+        return "\n".join(texts)
 
     def empty_output(self, x: Tensor) -> Tensor:
         """An uninitialised output for input x."""
@@ -114,13 +130,13 @@ class CudaLayer:
     def _input(self, x: Tensor, V: Tensor, first: int, count: int) -> None:
         w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
         blocks = input_blocks(self.spec, input_lanes(self.spec), count)
-        self.kernels[0].function(
+        self.transforms[0].function(
             flat_view(x), V, w.column_slot, w.depth_base, *x.stride(), first, count, total, blocks
         )
 
-    def _gemm(self, V: Tensor, M: Tensor, count: int) -> None:
+    def _gemm(self, V: Tensor, M: Tensor, count: int, config: CudaConfig) -> None:
         w = self.weights
-        self.kernels[1].function(
+        self.gemm(config).function(
             V, w.U, w.row_offset, w.m_base, w.depth_base, w.u_start, M, w.max_rows, count
         )
 
@@ -129,7 +145,7 @@ class CudaLayer:
     ) -> None:
         w, total = self.weights, x.shape[0] * self.spec.tiles_per_image
         r = y if residual is None else residual
-        self.kernels[2].function(
+        self.transforms[1].function(
             M, w.row_slot, w.m_base, w.bias, self._slope, flat_view(r), flat_view(y), *r.stride(), *y.stride(),
             w.factor, first, count, total, output_blocks(self.spec, count),
         )  # fmt: skip
@@ -147,6 +163,50 @@ class CudaLayer:
     def _config_for(self) -> dict[int, FusedConfig | None]:
         """Number of tiles -> configuration. Choosing one reads back from the device, so it is done once."""
         return {}
+
+    @cached_property
+    def _three_for(self) -> dict[int, ThreeKernelsConfig]:
+        """Number of tiles -> configuration of the three kernels, where it is not the default."""
+        return {}
+
+    def candidates(self, tiles: int) -> list[Candidate]:
+        """Every way to run ``tiles`` tiles of dense channels_last input: the default, then the most promising."""
+        limits = device_limits(self.target.device.index)
+        fused = sorted(
+            fused_candidates(self.spec, self.site, limits, tiles),
+            key=lambda config: estimated_cycles(self.spec, config, tiles, limits.multiprocessors),
+        )
+        three = three_kernels_candidates(int(self.site.row_offset.diff().max()), self.spec.precision)
+        default = choose_fused_config(self.spec, self.site, tiles, limits) if fused else None
+        first = Candidate("three_kernels", three[0]) if default is None else Candidate("fused", default)
+        others = [Candidate("fused", c) for c in fused] + [Candidate("three_kernels", c) for c in three]
+        return [first, *(other for other in others if other != first)]
+
+    def accepts(self, candidate: Candidate) -> bool:
+        """True if the candidate, perhaps of another layer of equal shape, runs this one on this device."""
+        if isinstance(candidate.config, FusedConfig):
+            return fused_accepts(self.spec, self.site, candidate.config, device_limits(self.target.device.index))
+        return candidate.kind == "three_kernels"
+
+    def prepare(self, candidate: Candidate) -> None:
+        """Build the candidate's kernels into the cache; needs no GPU."""
+        config = candidate.config
+        if isinstance(config, FusedConfig):
+            _ = FusedLayer(self.spec, self.site, torch.zeros(self.spec.filters), self.target, config).kernel
+        elif isinstance(config, ThreeKernelsConfig):
+            _ = self.transforms, self.gemm(config.gemm)
+
+    def use(self, candidate: Candidate, tiles: int) -> None:
+        """Run calls of ``tiles`` tiles this way from now on; others stay as they are."""
+        if isinstance(candidate.config, FusedConfig):
+            self._config_for[tiles] = candidate.config
+        elif isinstance(candidate.config, ThreeKernelsConfig):
+            self._config_for[tiles] = None
+            self._three_for[tiles] = candidate.config
+        else:
+            raise OptionError(
+                f"{candidate.label} does not run on CUDA", where="CudaLayer", fix="ask candidates()"
+            )
 
     def fused_layer(self, x: Tensor) -> FusedLayer | None:
         """The fused kernel for input x, or None where three kernels have to do.
@@ -204,14 +264,15 @@ class CudaLayer:
     def _run_images(self, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
         total = x.shape[0] * self.spec.tiles_per_image
         widest = max(self._depth, self._m_rows, 1)
-        limit = max(1024, SLICE_ELEMENTS // widest // 128 * 128)
+        config = self._three_for.get(total, ThreeKernelsConfig(self.config))
+        limit = max(1024, (config.slice_elements or SLICE_ELEMENTS) // widest // 128 * 128)
         slices = -(-total // limit)
         count = -(-total // (slices * 32)) * 32
         with torch.cuda.device(x.device):
             V, M = self._workspace(count, x.device)
             for first in range(0, total, count):
                 self._input(x, V, first, count)
-                self._gemm(V, M, count)
+                self._gemm(V, M, count, config.gemm)
                 self._output(M, x, residual, y, first, count)
 
     # The stages apart hold V and M of all tiles.
@@ -232,7 +293,7 @@ class CudaLayer:
         with torch.cuda.device(x.device):
             _, M = self._workspace(self._tiles(x), x.device)
             if x.shape[0]:
-                self._gemm(V, M, self._tiles(x))
+                self._gemm(V, M, self._tiles(x), self.config)
         return M
 
     def output_transform(self, M: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ from wsp_compiler.codegen.cpu_launch import CpuLayer
 from wsp_compiler.codegen.cuda_launch import CudaLayer
 from wsp_compiler.codegen.spec import KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
+from wsp_compiler.codegen.tuner import Choice, Tuner
 from wsp_compiler.errors import InputError
 from wsp_compiler.ops import WinogradSite, apply_activation, suggest_channels_last
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_choosing = threading.RLock()
 on_build: list[Callable[[], None]] = []
 """Called whenever a layer has prepared kernels for a new kind of input (progress displays)."""
 
@@ -37,6 +40,14 @@ def effective_precision(option: str | None, dtype: torch.dtype, target: CodeTarg
     return "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
 
 
+def make_layer(
+    spec: KernelSpec, site: WinogradSite, slope: Tensor | None, target: CodeTarget
+) -> CpuLayer | CudaLayer:
+    """The kernels of one layer on ``target``; ``slope`` is the PReLU slope if the activation has one."""
+    kind = CudaLayer if target.is_cuda else CpuLayer
+    return kind(spec, site, slope, target)
+
+
 class WinogradLayer(nn.Module):
     """Runs one lowered convolution with the generated kernels.
 
@@ -51,6 +62,9 @@ class WinogradLayer(nn.Module):
         precision: the user's choice of arithmetic, or None.
         target: where the kernels run.
         dtype: of the convolution's weight; inputs must have it outside autocast. None accepts any.
+
+    Attributes:
+        tuner: chooses among the kernels of equal meaning; without one the launchers' own rules do.
     """
 
     def __init__(
@@ -79,15 +93,21 @@ class WinogradLayer(nn.Module):
         self.rows_pruned = not full_rows
         self.columns_pruned = site.columns.numel() != positions * self.channels
         self.notes: list[str] = []
-        self._state: dict[str, Any] = {"shape": None, "layers": {}}
+        self.tuner: Tuner | None = None
+        self._state: dict[str, Any] = {"shape": None, "layers": {}, "chosen": {}}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_state": {"shape": self.last_shape, "layers": {}}}
+        return {**self.__dict__, "_state": {"shape": self.last_shape, "layers": {}, "chosen": {}}}
 
     @property
     def last_shape(self) -> tuple[int, ...] | None:
         """Shape of the input of the last call."""
         return self._state["shape"]
+
+    @property
+    def last_kernels(self) -> CpuLayer | CudaLayer | None:
+        """The kernels of the last call."""
+        return self._state["layers"].get(self._state.get("key"))
 
     def sources(self) -> list[str]:
         """Text of the kernels built so far."""
@@ -127,7 +147,7 @@ class WinogradLayer(nn.Module):
                 fix=f"give it {self.channels} channels",
             )
         self._state["shape"] = tuple(x.shape)
-        key = (
+        self._state["key"] = key = (
             DTYPES[x.dtype],
             x.shape[2],
             x.shape[3],
@@ -138,11 +158,33 @@ class WinogradLayer(nn.Module):
             effective_precision(self.precision, x.dtype, self.target),
         )
         layers: dict[Any, CpuLayer | CudaLayer] = self._state["layers"]
-        if key not in layers:
-            layers[key] = self._build(*key)
-            for callback in on_build:
-                callback()
+        if key not in layers or (self.target.is_cuda and (key, x.shape[0]) not in self._state["chosen"]):
+            with _choosing:  # a layer is published when it is ready to run
+                layer = layers.get(key) or self._build(*key)
+                if key not in layers or self.target.is_cuda:  # on the CPU one choice serves all batch sizes
+                    self._choose(key, layer, x.shape[0])
+                if key not in layers:
+                    layers[key] = layer
+                    for callback in on_build:
+                        callback()
         return x, layers[key]
+
+    def _choose(self, key: Any, layer: CpuLayer | CudaLayer, batch: int) -> None:
+        """Let ``layer`` run the way that is known to be fastest for ``batch`` images; once for every batch."""
+        chosen: dict[Any, Choice | None] = self._state["chosen"]
+        if (key, batch) in chosen:
+            return
+        chosen[key, batch] = None
+        if self.tuner is not None and batch > 0:
+            choice = self.tuner.choose(layer, batch)
+            if choice.timing is not None:
+                layer.use(choice.candidate, batch * layer.spec.tiles_per_image)
+            chosen[key, batch] = choice
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What was chosen for each kind and number of images so far."""
+        return tuple(choice for choice in self._state["chosen"].values() if choice is not None)
 
     def _build(
         self,
@@ -177,14 +219,24 @@ class WinogradLayer(nn.Module):
                 where=self._where(),
                 fix="give a larger image",
             )
-        kind = CudaLayer if self.target.is_cuda else CpuLayer
-        return kind(spec, self.site, self.slope, self.target)
+        return make_layer(spec, self.site, self.slope, self.target)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         """The convolution with its epilogue: [N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out].
 
         The output has the memory format of ``like``, by default of x.
         """
+        if type(x) is Tensor and residual is None and like is None and not self.target.is_cuda:
+            key = (x.shape, x.stride(), x.dtype, x.device, torch.is_autocast_enabled("cpu"))
+            recent = self._state.get("recent")
+            if recent is not None and recent[0] == key:  # all that follows was found by an earlier call
+                self._state["shape"], self._state["key"] = recent[2:]
+                return recent[1].run(x, None)
+            if x.dim() == 4:
+                given, layer = self._prepare(x, False)
+                if given is x:
+                    self._state["recent"] = (key, layer, self._state["shape"], self._state["key"])
+                return layer.run(given, None)
         if _unbatched(x):
             return self.forward(x.unsqueeze(0), _batched(residual)).squeeze(0)
         x, layer = self._prepare(x, residual is not None, like=like)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wsp_compiler.codegen.spec import CpuConfig, FusedConfig, KernelSpec
+from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.ops import WinogradSite
 
 
@@ -22,75 +22,73 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def choose_cpu_config(lanes: int, rows: list[int]) -> CpuConfig:
-    """Register blocking for positions with ``rows`` kept rows each.
-
-    Of the vector counts that fit the register file, the one that wastes the fewest padded rows; wider blocks
-    win ties since they load fewer transformed inputs per multiply.
-    """
-    registers = 32 if lanes != 8 else 16
-    best = min(
-        range(1, 5),
-        key=lambda vectors: (sum(_round_up(count, lanes * vectors) for count in rows), -vectors),
-    )
-    block = (registers - best - 1) // best
-    return CpuConfig(lanes=lanes, vectors=best, tile_block=min(block, 24))
-
-
 @dataclass(frozen=True)
 class CpuWeights:
     """Packed for the CPU kernels.
 
     Attributes:
-        U: float32, per position [block][column][row_block], positions concatenated.
-        start: int64 [p*p], first element of each position in U.
-        block_offset: int32 [p*p + 1], row blocks before each position.
-        destination: int32 [blocks * row_block], k * n_pad + filter of every packed row; padding rows point at the
-            spare element p*p * n_pad.
-        columns, column_offset: int32, see wsp_compiler.ops.
-        bias: float32 [n_pad].
+        U: float32 [block][column][config.rows]; a block holds kept rows of one position, the last one zero padded.
+        block_position: int32 [blocks], the position of each block.
+        block_start: int64 [blocks], first element of each block in U.
+        column_offset: int32 [p*p + 1], kept columns before each position.
+        column_row: int32 [p*p * c], row of V for a position and a channel; pruned ones share a spare row that every
+            position has after its kept columns. Unused without column pruning.
+        product_row: int32 [n * p*p], row of M for a filter and a position; pruned ones point at the row of zeros
+            after the last block.
+        bias: float32 [n], zero padded by at least 16.
     """
 
     U: Tensor
-    start: Tensor
-    block_offset: Tensor
-    destination: Tensor
-    columns: Tensor
+    block_position: Tensor
+    block_start: Tensor
     column_offset: Tensor
+    column_row: Tensor
+    product_row: Tensor
     bias: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of kept rows over all positions."""
+        return self.block_position.numel()
 
 
 def pack_cpu(site: WinogradSite, spec: KernelSpec, config: CpuConfig) -> CpuWeights:
     """Pack a site's weights; see :class:`CpuWeights`."""
-    block, positions = config.row_block, spec.winograd.positions
-    n_pad = _round_up(spec.filters, config.lanes)
-    offsets = _integers(site.row_offset)
+    size, positions, n, c = config.rows, spec.winograd.positions, spec.filters, spec.channels
+    rows, columns = _integers(site.row_offset), _integers(site.column_offset)
     parts: list[Tensor] = []
-    targets: list[Tensor] = []
-    blocks, starts = [0], [0]
+    block_position: list[int] = []
+    block_start: list[int] = []
+    kept_blocks = [-(-(rows[k + 1] - rows[k]) // size) for k in range(positions)]
+    product_row = torch.full((n, positions), sum(kept_blocks) * size, dtype=torch.int32)
+    column_row = torch.empty((positions, c), dtype=torch.int32)
+    start = 0
     for k, U_k in enumerate(site.position_weights()):  # [R_k, C_k]
-        kept, columns = U_k.shape
-        padded = _round_up(kept, block)
-        packed = torch.zeros((padded, columns), dtype=torch.float32)
+        kept, depth = U_k.shape
+        packed = torch.zeros((kept_blocks[k] * size, depth), dtype=torch.float32)
         packed[:kept] = U_k
         if spec.precision == "bf16":
             packed = packed.bfloat16().float()
-        parts.append(packed.view(padded // block, block, columns).transpose(1, 2).reshape(-1))
-        target = torch.full((padded,), positions * n_pad, dtype=torch.int32)
-        target[:kept] = k * n_pad + site.rows[offsets[k] : offsets[k + 1]].cpu()
-        targets.append(target)
-        blocks.append(blocks[-1] + padded // block)
-        starts.append(starts[-1] + padded * columns)
-    bias = torch.zeros(n_pad, dtype=torch.float32)
-    bias[: spec.filters] = site.bias
+        parts.append(packed.view(kept_blocks[k], size, depth).transpose(1, 2).reshape(-1))
+        first = len(block_position) * size
+        product_row[site.rows[rows[k] : rows[k + 1]].cpu().long(), k] = torch.arange(
+            first, first + kept, dtype=torch.int32
+        )
+        column_row[k] = columns[k + 1] + k  # the spare row
+        column_row[k, site.columns[columns[k] : columns[k + 1]].cpu().long()] = torch.arange(
+            columns[k] + k, columns[k + 1] + k, dtype=torch.int32
+        )
+        block_position += [k] * kept_blocks[k]
+        block_start += [start + number * size * depth for number in range(kept_blocks[k])]
+        start += packed.numel()
     return CpuWeights(
         U=torch.cat(parts).contiguous(),
-        start=torch.tensor(starts[:-1], dtype=torch.int64),
-        block_offset=torch.tensor(blocks, dtype=torch.int32),
-        destination=torch.cat(targets),
-        columns=site.columns.contiguous(),
-        column_offset=site.column_offset.contiguous(),
-        bias=bias,
+        block_position=torch.tensor(block_position, dtype=torch.int32),
+        block_start=torch.tensor(block_start, dtype=torch.int64),
+        column_offset=site.column_offset.cpu().contiguous(),
+        column_row=column_row,
+        product_row=product_row,
+        bias=torch.nn.functional.pad(site.bias, (0, 16)),
     )
 
 
@@ -179,56 +177,4 @@ def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
         bias=site.bias.contiguous(),
         factor=spec.operand_scale / scale,
         max_rows=max(rows),
-    )
-
-
-@dataclass(frozen=True)
-class FusedWeights:
-    """Packed for the fused CUDA kernel.
-
-    Attributes:
-        U: float16 in mma fragment order [group][c / 32][position][rows / 8][lane][8].
-        slot: int32 [p*p * n], the row of M_k within its group that holds a filter; pruned: the zero at ``rows``.
-        bias: float32 [n].
-        factor: what the GEMM's results have to be multiplied by.
-    """
-
-    U: Tensor
-    slot: Tensor
-    bias: Tensor
-    factor: float
-
-
-def rows_per_group(site: WinogradSite, groups: int) -> int:
-    """The largest number of kept rows of any (position, filter group)."""
-    positions, n = site.row_offset.numel() - 1, site.bias.numel()
-    position = torch.repeat_interleave(site.row_offset.diff().long())
-    block = position * groups + site.rows.long() // (n // groups)
-    return int(torch.bincount(block, minlength=positions * groups).max())
-
-
-def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> FusedWeights:
-    """Pack a row-pruned site's weights; see :class:`FusedWeights`."""
-    device, positions = site.weight.device, spec.winograd.positions
-    n, c, G, rows = spec.filters, spec.channels, config.groups, config.rows
-    per_group = n // G
-    scale = fp16_weight_scale(float(site.weight.abs().max()))
-    padded = torch.zeros((G, positions, rows, c), dtype=torch.float32)
-    slot = torch.full((positions, n), rows, dtype=torch.int32)
-    offsets = _integers(site.row_offset)
-    for k, U_k in enumerate(site.position_weights()):
-        filters = site.rows[offsets[k] : offsets[k + 1]].cpu().long()
-        for g in range(G):
-            own = (filters // per_group == g).nonzero()[:, 0]
-            padded[g, k, : own.numel()] = U_k.cpu()[own] * scale
-            slot[k, filters[own]] = torch.arange(own.numel(), dtype=torch.int32)
-    # [group, position, row / 8, row % 8, c / 32, step, half, pair, element] -> lane = (row % 8) * 4 + pair
-    fragments = padded.view(G, positions, rows // 8, 8, c // 32, 2, 2, 4, 2).permute(
-        0, 4, 1, 2, 3, 7, 5, 6, 8
-    )
-    return FusedWeights(
-        U=fragments.reshape(-1).half().to(device),
-        slot=slot.reshape(-1).to(device),
-        bias=site.bias.contiguous(),
-        factor=spec.operand_scale / scale,
     )

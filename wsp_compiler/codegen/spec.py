@@ -90,30 +90,37 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CpuConfig:
-    """Knobs of the CPU kernels.
+    """Knobs of the CPU kernels, whose vectors run over neighbouring tiles.
 
     Attributes:
         lanes: float32 values per vector (16 for AVX-512, 8 for AVX2, 4 for NEON).
-        vectors: vectors of filters in one register block.
-        tile_block: tiles in one register block; tile_block * vectors accumulators live in registers.
+        rows: kept rows in one register block.
+        vectors: vectors of tiles in one register block; rows * vectors accumulators live in registers.
+        gap: unused tiles after each tile row (0 or 1). With one, neighbouring tiles share the staged columns of
+            the input; without, they are staged twice and no multiplication is spent on unused tiles.
         slice_bytes: transformed input that one thread works on at a time, to stay in its L2 cache.
+        split: what threads divide between them: "slices" of tiles, "stages" (channels, rows, filters of one
+            slice), or "auto", which decides by the number of tiles.
     """
 
     lanes: int
+    rows: int
     vectors: int
-    tile_block: int
+    gap: int = 1
     slice_bytes: int = 512 * 1024
+    split: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.lanes not in (4, 8, 16) or not 1 <= self.vectors <= 8 or not 1 <= self.tile_block <= 32:
+        if self.lanes not in (4, 8, 16) or not 1 <= self.vectors <= 8 or not 1 <= self.rows <= 32:
             raise OptionError(
-                f"{self} is out of range", where="CpuConfig", fix="lanes 4, 8 or 16; vectors 1-8"
+                f"{self} is out of range",
+                where="CpuConfig",
+                fix="lanes 4, 8 or 16; vectors 1 to 8; rows 1 to 32",
             )
-
-    @property
-    def row_block(self) -> int:
-        """Filters of one register block."""
-        return self.lanes * self.vectors
+        if self.gap not in (0, 1) or self.split not in ("auto", "slices", "stages") or self.slice_bytes < 1:
+            raise OptionError(
+                f"{self} is out of range", where="CpuConfig", fix="gap 0 or 1; split auto, slices or stages"
+            )
 
 
 @dataclass(frozen=True)
@@ -162,45 +169,94 @@ class CudaConfig:
 
 
 @dataclass(frozen=True)
-class FusedConfig:
-    """Knobs of the fused CUDA kernel. Eight warps, two of the 16 positions each.
+class ThreeKernelsConfig:
+    """Knobs of the path of three kernels on CUDA.
 
     Attributes:
-        tiles: tiles of one thread block (a multiple of 16).
-        groups: how the filters are divided between blocks; a group is a multiple of 32 filters.
-        rows: kept rows per (position, group), padded to a multiple of 8; tiles * rows bounds the accumulators.
-        channel_slice: input channels per step, 32 or 64.
-        blocks_per_sm: thread blocks that registers are limited for.
+        gemm: of the batched GEMM.
+        slice_elements: elements of V or M, whichever is larger, per slice of tiles; 0 is the launcher's default.
+            A slice whose V stays in the L2 cache is not written to memory.
     """
 
+    gemm: CudaConfig = CudaConfig()
+    slice_elements: int = 0
+
+    def __post_init__(self) -> None:
+        if self.slice_elements < 0:
+            raise OptionError(
+                f"{self} is out of range", where="ThreeKernelsConfig", fix="slice_elements >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Knobs of the fused CUDA kernel. A word is 32 bits: two channels of a 16-bit type, or one of float32.
+
+    Attributes:
+        tile: output tile side m, 2 or 4.
+        tiles: tiles of one thread block, a multiple of 8.
+        groups: how the filters are divided between blocks; a group is a multiple of 32 filters.
+        rows: kept rows per (position, group), padded to a multiple of 16.
+        slice_words: words of channels per step, 16 or 32.
+        warps: of a block; a divisor of the positions, since each warp multiplies whole positions.
+        words: words of channels that a thread transforms at a time: 1, 2 or 4.
+        prefetch: steps between the load of weights and their use.
+        blocks_per_sm: thread blocks that registers are limited for.
+        dependent_launch: start while the kernel before drains (programmatic dependent launch; sm_90 and later).
+    """
+
+    tile: int
     tiles: int
     groups: int
     rows: int
-    channel_slice: int = 64
-    blocks_per_sm: int = 2
+    slice_words: int = 32
+    warps: int = 8
+    words: int = 2
+    prefetch: int = 2
+    blocks_per_sm: int = 1
+    dependent_launch: bool = False
 
     def __post_init__(self) -> None:
-        accumulators = 2 * self.tiles // 16 * self.rows // 8 * 4
-        if self.tiles % 16 or self.rows % 8 or self.channel_slice not in (32, 64) or accumulators > 128:
-            raise OptionError(
-                f"{self}: tiles % 16, rows % 8, tiles * rows <= 2048, channel_slice 32 or 64",
-                where="FusedConfig",
-                fix="use fewer tiles or more groups",
-            )
-        if self.shared_bytes > 227 * 1024:
-            raise OptionError(f"{self}: more than 227 KiB", where="FusedConfig", fix="use fewer tiles")
+        bad = self._fault()
+        if bad is not None:
+            raise OptionError(f"{self}: {bad}", where="FusedConfig", fix="see the attributes of FusedConfig")
+
+    def _fault(self) -> str | None:
+        if self.tile not in (2, 4) or self.tiles % 8 or self.rows % 16:
+            return "tile 2 or 4, tiles % 8, rows % 16"
+        if min(self.tiles, self.groups, self.rows, self.warps, self.blocks_per_sm) < 1 or self.warps > 32:
+            return "every number at least 1, warps at most 32"
+        if self.slice_words not in (16, 32) or self.words not in (1, 2, 4) or self.positions % self.warps:
+            return "slice_words 16 or 32, words 1, 2 or 4, warps a divisor of the positions"
+        if not 1 <= self.prefetch <= 12:
+            return "prefetch 1 to 12"
+        if self.accumulators > 168 or self.threads * self.blocks_per_sm * (self.accumulators + 28) > 65536:
+            return f"{self.accumulators} accumulators per thread do not fit the registers"
+        if self.shared_bytes(packed=True) > 226 * 1024:
+            return "more than 226 KiB of shared memory"
+        return None
+
+    @property
+    def positions(self) -> int:
+        """p * p."""
+        return (self.tile + 2) ** 2
 
     @property
     def threads(self) -> int:
         """Threads of one block."""
-        return 256
+        return 32 * self.warps
 
     @property
-    def row_stride(self) -> int:
-        """Floats between tiles in M: an odd multiple of 8, so that fragments store without bank conflicts."""
-        return self.rows + (8 if (self.rows + 8) % 16 else 16)
+    def accumulators(self) -> int:
+        """float32 accumulators of one thread."""
+        return self.positions // self.warps * self.rows // 16 * self.tiles // 8 * 4
 
-    @property
-    def shared_bytes(self) -> int:
+    def row_stride(self, *, packed: bool) -> int:
+        """Words between (pairs of) tiles in M, so that fragments store without bank conflicts."""
+        return self.rows + (8 if packed else 4)
+
+    def shared_bytes(self, *, packed: bool) -> int:
         """Dynamic shared memory of one block: V of a slice, later M."""
-        return max(16 * self.tiles * self.channel_slice * 2, 16 * self.tiles * self.row_stride * 4)
+        lines = self.tiles // 2 if packed else self.tiles
+        words = max(self.tiles * self.slice_words, lines * self.row_stride(packed=packed))
+        return 4 * self.positions * words

@@ -1,4 +1,4 @@
-"""Scratch memory of the CPU kernels: growing buffers of each calling thread, shared by all layers."""
+"""Scratch memory of the CPU kernels: one growing buffer of each calling thread, shared by all layers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import threading
 import torch
 from torch import Tensor
 
+from wsp_compiler.codegen.cpu_memory import empty
+
 
 class Workspace(threading.local):
-    """Named float32 buffers that only grow. Each Python thread has its own."""
+    """Float32 memory that only grows. Each Python thread has its own."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self.buffer: Tensor = torch.empty(0)
+        self._start = 0
 
-    def take(self, name: str, parts: int, size: int) -> Tensor:
-        """A [parts, size] view; ``size`` is rounded up to whole cache lines. The content is undefined."""
-        size = -(-max(size, 1) // 16) * 16
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < parts * size:
-            buffer = torch.empty(parts * size, dtype=torch.float32)
-            self._buffers[name] = buffer
-        return buffer[: parts * size].view(parts, size)
+    def address(self, size: int) -> int:
+        """Address of at least ``size`` elements, a multiple of 64 bytes. The content is undefined."""
+        if self.buffer.numel() < size + 16:
+            self.buffer = torch.empty(0)  # give the old one back first
+            self.buffer = empty((size + 16,), torch.float32, torch.contiguous_format)
+            self._start = -(-self.buffer.data_ptr() // 64) * 64
+        return self._start
 
 
 workspace = Workspace()

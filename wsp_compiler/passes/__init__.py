@@ -11,6 +11,7 @@ from wsp_compiler.passes.base import Pass, PassBase, PassRecord, Rewrites
 from wsp_compiler.passes.choose_keep import ChooseKeep
 from wsp_compiler.passes.fold_batch_norm import FoldBatchNorm
 from wsp_compiler.passes.fold_conv_batch_norm import FoldConvBatchNorm
+from wsp_compiler.passes.fuse_conv_epilogue import FuseConvEpilogue
 from wsp_compiler.passes.fuse_epilogue import FuseEpilogue
 from wsp_compiler.passes.lower_winograd import LowerWinograd
 from wsp_compiler.passes.merge_stages import MergeStages
@@ -24,7 +25,8 @@ pipeline = Pipeline(
         FoldConvBatchNorm(),  # the same for convolutions left to the vendor's library
         FuseEpilogue(),  # residual add and activation -> output_transform
         MergeStages(),  # the three stages -> one winograd_conv2d
-        AssignLayout(),  # values between lowered layers stay channels_last
+        FuseConvEpilogue(),  # the same epilogue for convolutions left to the vendor's library
+        AssignLayout(),  # images stay channels_last where nobody minds
     )
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "ChooseKeep",
     "FoldBatchNorm",
     "FoldConvBatchNorm",
+    "FuseConvEpilogue",
     "FuseEpilogue",
     "LowerWinograd",
     "MergeStages",

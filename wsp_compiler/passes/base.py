@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import fx, nn
 
+from wsp_compiler import vendor_conv
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.trace import has_hooks
@@ -18,8 +19,9 @@ WSP_OPS = (
     torch.ops.wsp.sparse_bgemm.default,
     torch.ops.wsp.output_transform.default,
     torch.ops.wsp.winograd_conv2d.default,
+    vendor_conv.conv2d_op,
 )
-INPUT_TRANSFORM, SPARSE_BGEMM, OUTPUT_TRANSFORM, WINOGRAD_CONV2D = WSP_OPS
+INPUT_TRANSFORM, SPARSE_BGEMM, OUTPUT_TRANSFORM, WINOGRAD_CONV2D, CONV2D = WSP_OPS
 
 
 @dataclass(frozen=True)

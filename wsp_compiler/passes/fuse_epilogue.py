@@ -71,7 +71,7 @@ def _activation_of_module(module: nn.Module) -> Activation | str | None:
     return ("relu" if kind is nn.ReLU else "relu6", None)
 
 
-def _activation(gm: fx.GraphModule, node: fx.Node) -> Activation | str | None:
+def activation_of(gm: fx.GraphModule, node: fx.Node) -> Activation | str | None:
     """The activation that ``node`` applies; a string says why it cannot be fused; None: it is none."""
     module = called_module(gm, node)
     if module is not None:
@@ -115,7 +115,7 @@ def _is_tensor(gm: fx.GraphModule, value: object) -> bool:
     )
 
 
-def _residual(gm: fx.GraphModule, node: fx.Node, output: fx.Node) -> fx.Node | str | None:
+def residual_of(gm: fx.GraphModule, node: fx.Node, output: fx.Node) -> fx.Node | str | None:
     """The other operand if ``node`` adds to ``output``; a string says why it can't be fused; None: no add."""
     is_method = node.op == "call_method" and node.target in ("add", "add_")
     if not is_method and not (node.op == "call_function" and node.target in ADDS):
@@ -173,14 +173,14 @@ class FuseEpilogue(PassBase):
             return f"{len(output.users)} users"
         user = next(iter(output.users))
         fused = arguments(output)
-        residual = _residual(gm, user, output)
+        residual = residual_of(gm, user, output)
         if isinstance(residual, str):
             return residual
         if residual is not None and fused["residual"] is not None:
             return "a residual is fused already"
         activation = None
         if residual is None:
-            activation = _activation(gm, user) if first_input(user) is output else None
+            activation = activation_of(gm, user) if first_input(user) is output else None
             if activation is None or isinstance(activation, str):
                 return activation or f"{user.name} is no add or activation that can be fused"
         # An add reads its other operand where it stood; an activation reads nothing else, so it stays put.

@@ -28,15 +28,15 @@ from wsp_compiler.passes.choose_keep import SITE_PLAN, site_module_name
 from wsp_compiler.plan import PruningPlan, SitePlan
 from wsp_compiler.sites import padding_of
 from wsp_compiler.trace import SITE
-from wsp_compiler.winograd import transform_weight
 
 
-def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, plan: SitePlan) -> None:
+def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, whole: PruningPlan) -> None:
+    plan: SitePlan = node.meta[SITE_PLAN]
     name = site_module_name(gm, plan.path)
     site = gm.get_submodule(name)
     assert isinstance(site, WinogradSite)
     if not hasattr(site, "weight"):
-        site.fill(transform_weight(conv.weight, plan.tile), conv.bias)
+        site.fill(*whole.weights(plan.path, conv))
     buffer = {
         key: get_buffer(gm, node, name, key)
         for key in ("weight", "rows", "row_offset", "columns", "column_offset", "bias")
@@ -74,6 +74,6 @@ class LowerWinograd(PassBase):
         for node in list(gm.graph.nodes):
             conv = called_module(gm, node)
             if SITE_PLAN in node.meta and isinstance(conv, nn.Conv2d):
-                _lower_call(gm, node, conv, node.meta[SITE_PLAN])
+                _lower_call(gm, node, conv, plan)
                 count += 1
         return Rewrites(count)

@@ -1,10 +1,13 @@
-"""Criteria that score the units of a pattern. "l2" is the ABWSP paper's."""
+"""Criteria that score the units of a pattern. "l2" is the ABWSP paper's, "output" the default."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from wsp_compiler.pruning.base import Importance
+from wsp_compiler.pruning.fpgm import fpgm
+from wsp_compiler.pruning.l1 import l1
+from wsp_compiler.pruning.output_aware import output_energy
 
 
 def l2(U: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -12,4 +15,4 @@ def l2(U: Tensor, dims: tuple[int, ...]) -> Tensor:
     return U.square().sum(dim=dims, keepdim=True).sqrt()
 
 
-IMPORTANCES: dict[str, Importance] = {"l2": l2}
+IMPORTANCES: dict[str, Importance] = {"output": output_energy, "l2": l2, "l1": l1, "fpgm": fpgm}

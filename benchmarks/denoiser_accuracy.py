@@ -1,0 +1,81 @@
+"""What pruning costs the shipped denoiser, without fine-tuning: PSNR of whole held-out photos.
+
+    python -m benchmarks.denoiser_accuracy --json benchmarks/results/denoiser_accuracy.json
+
+Calibrated networks see `examples.photos.calibration_crops()`, noisy crops of two photos that are in neither the
+training nor the test set. Beside them stands the paper's criterion, the L2 norm, without calibration, in both of its
+patterns. Networks run in PyTorch as `wsp_compiler.prune` returns them, which is what `compile` lowers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wsp_compiler
+from benchmarks.results import new_record
+from examples import photos
+from examples.denoiser import load_denoiser
+from examples.finetune_denoiser import held_out_psnr, mean_drop
+
+METHODS: dict[str, dict[str, Any]] = {
+    "calibrated": {"method": "wsp"},
+    "calibrated, balanced": {"method": "bwsp"},
+    "L2, WSP-R": {"method": "wsp", "importance": "l2"},
+    "L2, BWSP-R": {"method": "bwsp", "importance": "l2"},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.denoiser_accuracy", description=__doc__)
+    parser.add_argument("--pr", type=float, nargs="+", default=[0.3, 0.5, 0.8])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--crops", type=int, default=8, help="calibration crops (default: 8)")
+    parser.add_argument("--side", type=int, default=128, help="their side in pixels (default: 128)")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prune by every method and ratio; one row each, with the drop of PSNR against the dense network."""
+    options = parse(arguments)
+    device = torch.device(options.device)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    record = new_record("benchmarks.denoiser_accuracy", given, options.device)
+    dense = load_denoiser().to(device)
+    reference = held_out_psnr(dense, device)
+    record.rows.append({"method": "dense", "pr": 0.0, "psnr_db": reference, "mean_drop_db": 0.0})
+    crops = photos.calibration_crops(options.crops, options.side)
+    for pr in options.pr:
+        for name in options.methods:
+            data = crops if name.startswith("calibrated") else None
+            begin = time.perf_counter()
+            model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
+            seconds = time.perf_counter() - begin
+            quality = held_out_psnr(model, device)
+            drops = {photo: reference[photo] - found for photo, found in quality.items()}
+            row: dict[str, Any] = {
+                "method": name,
+                "pr": pr,
+                "psnr_db": quality,
+                "mean_drop_db": mean_drop(reference, quality),
+                "largest_drop_db": max(drops.values()),
+                "prune_seconds": seconds,
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+            record.rows.append(row)
+            record.save(options.json)
+            print(f"pr={pr:g} {name}: {row['mean_drop_db']:.2f} dB below dense ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
