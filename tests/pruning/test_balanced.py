@@ -66,12 +66,13 @@ def test_one_block_is_the_papers_pattern_and_columns_have_no_blocks() -> None:
     ("filters", "pr", "block"),
     [
         (64, 0.8, 64),
-        (256, 0.8, 256),  # 52 rows
-        (512, 0.8, 256),  # 103 rows would not fit; 52 pad to 56, 26 to 32, 13 to 16
-        (512, 0.5, 64),  # 32 rows and nothing to pad; 16 of 32 likewise, but larger groups prune more freely
-        (512, 0.9, 512),
-        (384, 0.8, 192),
-        (192, 0.5, 96),
+        (128, 0.8, 128),  # 26 rows
+        (256, 0.8, 128),  # 52 rows would not fit; 26 pad to 32 as 13 to 16, but larger groups prune more freely
+        (512, 0.8, 128),
+        (512, 0.5, 64),  # 32 rows and nothing to pad
+        (512, 0.9, 256),
+        (384, 0.8, 128),
+        (192, 0.5, 64),
         (128, 0.1, 32),
         (512, 0.0, 512),  # nothing is pruned
         (100, 0.1, 100),  # no divisor that is a multiple of 32

@@ -104,7 +104,7 @@ def fused_candidates(
         return []
     pack = elements_per_word(spec)
     words = spec.channels // pack
-    group_counts = [g for g in (1, 2, 4, 8, 16) if spec.filters % (32 * g) == 0]
+    group_counts = [g for g in range(1, min(16, spec.filters // 32) + 1) if spec.filters % (32 * g) == 0]
     slices = [width for width in (32, 16) if words % width == 0]
     warp_counts, word_counts = ((4, 6, 12), (1, 2)) if spec.tile == 4 else ((4, 8, 16), (1, 2, 4))
     found: list[FusedConfig] = []

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from wsp_compiler.pruning.base import UNIT_DIMS, Importance, keep_largest, kept_count
 
-BLOCK_ROWS = 56
-"""Kept rows of one position that a thread block of the fused kernels has registers for."""
-ROW_PADDING = 8
+BLOCK_ROWS = 32
+"""Kept rows of one position that a thread block of the fused kernels has registers for, beside enough tiles."""
+ROW_PADDING = 16
 """Kept rows of a thread block are padded to a multiple of it."""
 BLOCK_FILTERS = 32
 """Filters of a thread block are a multiple of it."""
@@ -24,7 +24,7 @@ def fit_block(filters: int, pr: float) -> int:
     """The group size that fits the kernels, for ``filters`` filters of which the share ``pr`` is pruned.
 
     All filters, if nothing is pruned or a thread block has registers for the rows that they keep (at pr=0.8 up to
-    280 filters). Else a divisor of ``filters`` that is a multiple of 32 and whose kept rows fit; of these the one
+    160 filters). Else a divisor of ``filters`` that is a multiple of 32 and whose kept rows fit; of these the one
     that loses least to padding rows to a multiple of :data:`ROW_PADDING`, and of equals the largest, which prunes
     most freely. Without such a divisor all filters: kernels without this limit run the layer.
     """
