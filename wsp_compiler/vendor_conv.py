@@ -175,8 +175,11 @@ class VendorConv(nn.Module):
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
         if residual is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *how)
-        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *how)
+            y = torch.cudnn_convolution_relu(x, self.weight, self.bias, *how)
+        else:
+            y = torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *how)
+        # the strides of a 1x1 weight do not tell cuDNN the format
+        return y.contiguous(memory_format=torch.channels_last) if self.channels_last else y
 
     def _fused_is_faster(self, x: Tensor, residual: Tensor | None) -> bool:
         try:

@@ -95,7 +95,8 @@ def _replaced(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
     if id(model) in layers:
         return layers[id(model)]
     for parent in list(model.modules()):
-        children: dict[str, nn.Module | None] = parent.__dict__["_modules"]  # named_children() omits repetitions
+        # named_children() would omit repetitions
+        children: dict[str, nn.Module | None] = parent.__dict__["_modules"]
         for name, child in children.items():
             children[name] = layers.get(id(child), child)
     return model
