@@ -37,3 +37,19 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calibrated["mean_drop_db"] < 1.2
     assert by_norm["mean_drop_db"] > 3
     assert calibrated["peak_memory_mb"] > 0
+
+
+def test_quoted_drops_are_those_of_the_results() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = results.load(root / "benchmarks" / "results" / "denoiser_accuracy.json").rows
+    text = (root / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    pruned = [row for row in found if row["pr"] > 0]
+    for row in pruned:
+        drops = f"{row['mean_drop_db']:.2f} ({row['largest_drop_db']:.2f})"
+        assert f"| {row['pr']:g} | {row['method']} | {drops} |" in text
+    calibrated = {row["pr"]: row["mean_drop_db"] for row in pruned if row["method"] == "calibrated"}
+    quoted = " / ".join(f"{calibrated[pr]:.2f}" for pr in (0.3, 0.5, 0.8))
+    assert f"loses {quoted} dB" in " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert calibrated[0.3] < 0.5
+    assert calibrated[0.5] < 1.2
+    assert calibrated[0.8] < 3
