@@ -142,7 +142,8 @@ def test_a_detector_that_cannot_be_traced_whole_is_lowered_in_parts():
     for want, got in zip(expected, found, strict=True):
         assert len(want["boxes"]) > 0
         assert len(got["boxes"]) == len(want["boxes"])
-        assert torch.allclose(got["scores"], want["scores"], atol=2e-3)  # boxes of equal score may swap
+        # boxes of equal score may swap; logits reach 100, of which 1e-4 moves a score by up to 5e-3
+        assert torch.allclose(got["scores"], want["scores"], atol=1e-2)
     assert_untouched(model, before)
 
 

@@ -172,4 +172,4 @@ def test_a_model_that_reads_back_is_refused() -> None:
     compiled = wsp_compiler.compile(ReadsBack().eval().cuda(), 0.5, cuda_graph=True)
     with pytest.raises(WspError, match="cannot be captured"):
         compiled(torch.randn(1, 32, 8, 8, device="cuda"))
-    assert torch.randn(4, device="cuda").isfinite().all()
+    assert float(torch.ones(4, device="cuda").sum()) == 4  # the device still works

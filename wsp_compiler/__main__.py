@@ -216,7 +216,9 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--pr", type=float, default=0.8, help="share of weights to remove (default 0.8)")
     make.add_argument("--method", default="bwsp", help=", ".join(METHODS))
     make.add_argument("--direction", default="row", help=", ".join(DIRECTIONS))
-    make.add_argument("--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)")
+    make.add_argument(
+        "--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)"
+    )
     make.add_argument("--block", type=int, help="bwsp: balance groups of so many filters; by default fitting")
     make.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; by default the model's")
     make.add_argument("--target", help="cpu, cuda, cuda:N, or a TVM target as JSON; by default cpu")

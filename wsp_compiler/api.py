@@ -143,7 +143,9 @@ def compile(
             chosen.check_fits(convolutions)
             times = plan_times(chosen, sites, convolutions, speed)
     if calibration is not None:
-        chosen = _calibrated(traced, chosen, calibration, example_inputs, plan is None and importance == "output")
+        chosen = _calibrated(
+            traced, chosen, calibration, example_inputs, plan is None and importance == "output"
+        )
     for unit in traced.units.values():
         apply_norms(unit, model, chosen)
     records = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)

@@ -56,11 +56,11 @@ def test_sites_are_those_of_real_plans(pr: float, tile: int) -> None:
     positions = (tile + 2) ** 2
     rows = site.row_offset.diff()
     assert rows.numel() == positions
-    assert set(rows.tolist()) == {512 if pr == 0 else 2 * 52}
+    assert set(rows.tolist()) == {512 if pr == 0 else 4 * 26}
     assert (spec.dtype, spec.precision, spec.tile, spec.activation) == ("float16", "fp16", tile, "relu")
     assert spec.rows_pruned == (pr > 0)
     key = layer_key(spec, site, 1, cpu_target())
-    assert key.block == (8 if pr == 0 else 256)
+    assert key.block == (8 if pr == 0 else 128)
 
 
 def test_the_default_is_picked_and_some_by_chance(tmp_path: Path) -> None:

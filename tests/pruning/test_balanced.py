@@ -67,7 +67,11 @@ def test_one_block_is_the_papers_pattern_and_columns_have_no_blocks() -> None:
     [
         (64, 0.8, 64),
         (128, 0.8, 128),  # 26 rows
-        (256, 0.8, 128),  # 52 rows would not fit; 26 pad to 32 as 13 to 16, but larger groups prune more freely
+        (
+            256,
+            0.8,
+            128,
+        ),  # 52 rows would not fit; 26 pad to 32 as 13 to 16, but larger groups prune more freely
         (512, 0.8, 128),
         (512, 0.5, 64),  # 32 rows and nothing to pad
         (512, 0.9, 256),

@@ -185,7 +185,9 @@ class CudaLayer:
     def accepts(self, candidate: Candidate) -> bool:
         """True if the candidate, perhaps of another layer of equal shape, runs this one on this device."""
         if isinstance(candidate.config, FusedConfig):
-            return fused_accepts(self.spec, self.site, candidate.config, device_limits(self.target.device.index))
+            return fused_accepts(
+                self.spec, self.site, candidate.config, device_limits(self.target.device.index)
+            )
         return candidate.kind == "three_kernels"
 
     def prepare(self, candidate: Candidate) -> None:

@@ -81,7 +81,7 @@ def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> Fus
     for k, U_k in enumerate(site.position_weights()):
         U[k, kept[k]] = U_k.float().cpu() * scales[k]
     scale = filter_scales(U, m, spec.precision)
-    U *= scale.view(1, n, 1)
+    U.mul_(scale.view(1, n, 1))
     padded = torch.zeros((G, positions, rows, c), dtype=torch.float32)
     slot = torch.full((positions, n), rows, dtype=torch.int32)
     for k, filters in enumerate(kept):
