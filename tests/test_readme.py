@@ -85,6 +85,13 @@ def test_quoted_network_ratios_are_those_of_the_results(baseline: str) -> None:
     assert f"| {quoted} | networks_h100_fp16.json |" in README, quoted
 
 
+@pytest.mark.parametrize("network", ["vgg16", "resnet18"])
+def test_quoted_cpu_network_ratios_are_those_of_the_results(network: str) -> None:
+    (row,) = rows(f"cpu_networks_{network}.json")
+    assert row["strongest"] == "ncnn"
+    assert f"{row['strongest_ratio']:.2f}x (`cpu_networks_{network}.json`)" in " ".join(README.split())
+
+
 def test_quoted_main_job_figures_are_those_of_the_results() -> None:
     found = {row["label"]: row for row in rows("denoise_photo_cpu.json")}
     text = " ".join(README.split())
