@@ -107,6 +107,8 @@ def test_a_detector_that_cannot_be_traced_whole_is_lowered_in_parts():
         box_detections_per_img=10_000,
     )
     randomise(model.backbone, torch.rand(2, 3, 128, 160))
+    with torch.no_grad():  # logits near 100 would turn errors of 1e-4 into other scores
+        model.roi_heads.box_predictor.cls_score.weight.mul_(0.02)
     model.eval()
     before = snapshot(model)
     images = [torch.rand(3, 128, 160), torch.rand(3, 120, 150)]
@@ -142,8 +144,7 @@ def test_a_detector_that_cannot_be_traced_whole_is_lowered_in_parts():
     for want, got in zip(expected, found, strict=True):
         assert len(want["boxes"]) > 0
         assert len(got["boxes"]) == len(want["boxes"])
-        # boxes of equal score may swap; logits reach 100, of which 1e-4 moves a score by up to 5e-3
-        assert torch.allclose(got["scores"], want["scores"], atol=1e-2)
+        assert torch.allclose(got["scores"], want["scores"], atol=2e-3)  # boxes of equal score may swap
     assert_untouched(model, before)
 
 
