@@ -159,17 +159,29 @@ def test_side_streams_and_static_outputs() -> None:
     assert compiled(x)["y"].data_ptr() == compiled(x)["y"].data_ptr()
 
 
+class ReadsBack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * float(x.abs().max())
+
+
 @pytest.mark.cuda
 def test_a_model_that_reads_back_is_refused() -> None:
-    class ReadsBack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(32, 32, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) * float(x.abs().max())
-
     compiled = wsp_compiler.compile(ReadsBack().eval().cuda(), 0.5, cuda_graph=True)
     with pytest.raises(WspError, match="cannot be captured"):
         compiled(torch.randn(1, 32, 8, 8, device="cuda"))
-    assert float(torch.ones(4, device="cuda").sum()) == 4  # the device still works
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.xfail(
+    strict=True, reason="PyTorch 2.11 leaves its CUDA generator capturing after a refused capture"
+)
+def test_random_numbers_after_a_refused_capture() -> None:
+    compiled = wsp_compiler.compile(ReadsBack().eval().cuda(), 0.5, cuda_graph=True)
+    with pytest.raises(WspError, match="cannot be captured"):
+        compiled(torch.ones(1, 32, 8, 8, device="cuda"))
+    assert torch.randn(4, device="cuda").isfinite().all()

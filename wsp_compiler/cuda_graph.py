@@ -65,7 +65,8 @@ class CudaGraphs:
 
         Raises:
             InputError: a tensor is not on the device.
-            CompiledModuleError: the model cannot be captured.
+            CompiledModuleError: the model cannot be captured. PyTorch (seen with 2.11) then leaves its CUDA random
+                generator unusable in this process.
         """
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
