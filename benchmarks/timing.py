@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wsp_compiler.codegen.measure import elapsed_us
+
 Call = Callable[[Tensor], object]
 
 CPU_COVER_BYTES = 64 << 20
@@ -138,16 +140,6 @@ class _Batch:
     how: str
 
 
-def _elapsed_us(launch: Callable[[], object], stream: torch.cuda.Stream) -> float:
-    """Microseconds on the device, from before to after what `launch` puts on `stream`."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record(stream)
-    launch()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
 def _calls_per_graph(inputs: int, microseconds: float) -> int:
     """Whole turns over the inputs: 32 calls, fewer where those would take over 10 ms."""
     wanted = min(CUDA_LEAST_CALLS, math.ceil(CUDA_REPLAY_US / max(microseconds, 1e-3)))
@@ -160,7 +152,7 @@ def _prepare_cuda(call: Call, inputs: Sequence[Tensor], side: torch.cuda.Stream,
         for i in range(3):  # builds kernels, lets cuDNN choose its algorithm, fills allocator caches
             call(inputs[i % len(inputs)])
         stream.synchronize()
-        calls = _calls_per_graph(len(inputs), _elapsed_us(lambda: call(inputs[0]), stream))
+        calls = _calls_per_graph(len(inputs), elapsed_us(lambda: call(inputs[0]), stream))
 
         def run() -> None:
             for i in range(calls):
@@ -183,7 +175,7 @@ def _launch_twice(batch: _Batch) -> float:
     """Microseconds of the second of two launches: the device is still busy with the first as it is queued."""
     with torch.cuda.stream(batch.stream):
         batch.launch()
-        return _elapsed_us(batch.launch, batch.stream)
+        return elapsed_us(batch.launch, batch.stream)
 
 
 def _measure_cuda(

@@ -127,7 +127,7 @@ def _cuda_run(call: Call, inputs: Sequence[Tensor]) -> Callable[[], float]:
             for i in range(3):  # builds kernels, lets cuDNN choose, fills the allocator
                 call(inputs[i % len(inputs)])
             side.synchronize()
-            once = _elapsed(lambda: call(inputs[0]), side)
+            once = elapsed_us(lambda: call(inputs[0]), side)
         wanted = min(CUDA_CALLS, math.ceil(CUDA_GRAPH_US / max(once, 1.0)))
         count = len(inputs) * math.ceil(wanted / len(inputs))  # whole turns over the inputs
         graph = torch.cuda.CUDAGraph()
@@ -138,12 +138,12 @@ def _cuda_run(call: Call, inputs: Sequence[Tensor]) -> Callable[[], float]:
     def run() -> float:
         with torch.cuda.device(device), torch.cuda.stream(side):
             graph.replay()  # the device is busy while the timed replay is queued
-            return _elapsed(graph.replay, side) / count
+            return elapsed_us(graph.replay, side) / count
 
     return run
 
 
-def _elapsed(launch: Callable[[], object], stream: torch.cuda.Stream) -> float:
+def elapsed_us(launch: Callable[[], object], stream: torch.cuda.Stream) -> float:
     """Microseconds on the device for what ``launch`` puts on ``stream``."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record(stream)

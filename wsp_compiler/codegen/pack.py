@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from wsp_compiler.codegen.pack_fused import round_to_tf32
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.ops import WinogradSite
 
@@ -133,11 +134,7 @@ def _to_operand(U: Tensor, precision: str) -> Tensor:
         return U.half()
     if precision == "bf16":
         return U.bfloat16().view(torch.uint16)
-    if precision == "tf32":  # round to nearest even at 10 mantissa bits
-        bits = U.contiguous().view(torch.int32)
-        rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-        return torch.where(torch.isfinite(U), rounded.view(torch.float32), U)
-    return U
+    return round_to_tf32(U) if precision == "tf32" else U
 
 
 def pack_cuda(site: WinogradSite, spec: KernelSpec) -> CudaWeights:
