@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cache
 from typing import Any
 
@@ -257,3 +258,53 @@ def test_configurations_share_packed_weights_only_with_themselves() -> None:
         layer.run(case.x, None, results[-1])
     assert torch.equal(results[0], results[2])
     assert_close(results[0], case.truth("output"), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "tile", "fused"),
+    [
+        ("fp", "fp16", 4, False),
+        ("fp", "bf16", 4, False),
+        ("dense", "fp16", 4, False),
+        ("fp", "fp16", 2, True),
+        ("fp", "fp32", 4, True),
+        ("bwsp", "fp16", 4, True),
+        ("wsp", "bf16", 4, True),
+    ],
+)
+def test_filters_with_all_positions_are_not_transformed_in_16_bits(
+    method: str, precision: str, tile: int, fused: bool
+) -> None:
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[precision]
+    case = make_case(
+        method=method, precision=precision, dtype=dtype, tile=tile, filters=64, channels=64, pr=0.7
+    )
+    config = FusedConfig(tile, 8, 1, 64, warps=12 if tile == 4 else 8)
+    assert bool(fused_candidates(case.spec, case.site, H100, 100)) == fused
+    assert fused_accepts(case.spec, case.site, config, H100) == fused
+
+
+def test_kernels_overlap_only_where_blocks_fill_the_multiprocessors() -> None:
+    case = make_case(**HALF, pr=0.8)  # type: ignore[arg-type]
+    older = dataclasses.replace(H100, dependent_launch=False)
+    assert not any(c.dependent_launch for c in fused_candidates(case.spec, case.site, H100, 64))
+    assert all(c.dependent_launch for c in fused_candidates(case.spec, case.site, H100, 10**6))
+    assert not any(c.dependent_launch for c in fused_candidates(case.spec, case.site, older, 10**6))
+    config = fused_candidates(case.spec, case.site, H100, 10**6)[0]
+    assert not fused_accepts(case.spec, case.site, config, older)
+
+
+def test_three_groups_of_filters() -> None:
+    case = make_case(**{**HALF, "filters": 96}, pr=0.8)  # type: ignore[arg-type]
+    assert {config.groups for config in fused_candidates(case.spec, case.site, H100, 10**6)} == {1, 3}
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_launch_is_marked_as_dependent(dependent: bool) -> None:
+    case = make_case(**HALF, pr=0.8)  # type: ignore[arg-type]
+    config = FusedConfig(2, 16, 1, 16, dependent_launch=dependent)
+    launch = json.loads(lower(make_fused(case.spec, config), "winograd_fused", TARGET).launch)
+    (info,) = launch["func_info"].values()
+    tags = info["launch_param_tags"]
+    assert tags[-1] == "tirx.use_dyn_shared_memory"
+    assert ("tirx.use_programtic_dependent_launch" in tags) == dependent
