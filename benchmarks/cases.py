@@ -36,12 +36,21 @@ def _square(group: str, sizes: Iterable[tuple[int, int]]) -> tuple[ConvCase, ...
 RESNET18 = _square("resnet18", [(64, 56), (128, 28), (256, 14), (512, 7)])
 VGG16 = _square("vgg16", [(64, 224), (128, 112), (256, 56), (512, 28)])
 SUPERRES = (ConvCase("64@360x640", 64, 64, 360, 640, "superres"),)
+NETWORKS = (
+    ConvCase("64-128@112", 64, 128, 112, 112, "networks"),
+    ConvCase("128-256@56", 128, 256, 56, 56, "networks"),
+    ConvCase("256-512@28", 256, 512, 28, 28, "networks"),
+    ConvCase("512@14", 512, 512, 14, 14, "networks"),
+    ConvCase("64@512", 64, 64, 512, 512, "networks"),
+)
+"""What is left of VGG-16, and the example denoiser on its photo."""
 
 GROUPS: dict[str, tuple[ConvCase, ...]] = {
     "resnet18": RESNET18,
     "vgg16": VGG16,
     "eight": (*RESNET18, *VGG16),
     "superres": SUPERRES,
+    "networks": NETWORKS,
 }
 CASES: dict[str, ConvCase] = {case.name: case for cases in GROUPS.values() for case in cases}
 

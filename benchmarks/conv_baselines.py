@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy import relative_l2
 from benchmarks.arguments import DTYPES
 from benchmarks.cpu_peers import makers
 from benchmarks.cudnn_winograd import WinogradNonfused
+from benchmarks.errors import relative_l2
 from benchmarks.timing import Call
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

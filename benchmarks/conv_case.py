@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import Errors, check, float64_errors
 from benchmarks.arguments import DTYPES, no_less_precise
 from benchmarks.cases import ConvCase
 from benchmarks.conv_baselines import FORMATS, Variant, variants
+from benchmarks.errors import Errors, check, float64_errors
 from benchmarks.report import STDERR
 from benchmarks.results import Row
 from benchmarks.timing import Call, Times, measure, rotating_inputs

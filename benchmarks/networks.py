@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import relative_l2
 from benchmarks.arguments import DTYPES, add_common, check_device, fraction, positive, prepare
+from benchmarks.errors import relative_l2
 from benchmarks.network_models import build, check_network
 from benchmarks.report import (
     STDERR,

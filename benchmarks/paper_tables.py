@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import wsp_compiler
-from benchmarks.accuracy import relative_l2
 from benchmarks.arguments import DTYPES, add_common, check_device, fraction, positive, prepare
 from benchmarks.conv_baselines import FORMATS
+from benchmarks.errors import relative_l2
 from benchmarks.network_models import build, check_network
 from benchmarks.nonfused_network import nonfused_network
 from benchmarks.report import STDERR, failure_lines, progress, row_line, text_table, time_cell

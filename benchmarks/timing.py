@@ -1,7 +1,9 @@
 """Times of several candidates, measured in interleaved rounds: A B A B, never A A B B.
 
 CUDA: replays of one CUDA graph per candidate, which holds many calls over rotating inputs that together are
-at least twice the L2 cache. What cannot be captured is timed by events around plain calls, and says so.
+at least twice the L2 cache. What cannot be captured is timed by events around plain calls, and says so. Before each
+timed replay the candidate runs for 100 ms: a GPU at its power limit changes its clock over tens of milliseconds, and
+a candidate that is timed sooner runs at the clock that the one before it left behind (docs/benchmarks.md).
 CPU: groups of calls of at least five milliseconds, after a pause and one untimed call.
 """
 
@@ -26,6 +28,8 @@ CPU_GROUP_SECONDS = 5e-3
 CPU_PAUSE_SECONDS = 5e-3  # idle worker threads of either library spin for a few milliseconds, then sleep
 CUDA_LEAST_CALLS = 32
 CUDA_REPLAY_US = 10_000.0
+CUDA_SETTLE_US = 100_000.0
+CUDA_ROUNDS = 7
 BUDGET_SECONDS = 4.0  # per candidate; slow calls get fewer rounds
 LEAST_ROUNDS = 5
 
@@ -171,10 +175,12 @@ def _prepare_cuda(call: Call, inputs: Sequence[Tensor], side: torch.cuda.Stream,
         return _Batch(graph.replay, calls, stream, f"CUDA graph of {calls} calls")
 
 
-def _launch_twice(batch: _Batch) -> float:
-    """Microseconds of the second of two launches: the device is still busy with the first as it is queued."""
+def _launch_settled(batch: _Batch) -> float:
+    """Microseconds of one launch after others of the same candidate have run for CUDA_SETTLE_US."""
     with torch.cuda.stream(batch.stream):
-        batch.launch()
+        once = elapsed_us(batch.launch, batch.stream)
+        for _ in range(1 + int(CUDA_SETTLE_US / max(once, 1.0))):
+            batch.launch()
         return elapsed_us(batch.launch, batch.stream)
 
 
@@ -190,12 +196,13 @@ def _measure_cuda(
         label: _prepare_cuda(call, inputs[label], side, label not in uncaptured)
         for label, call in candidates.items()
     }
+    rounds = min(rounds, CUDA_ROUNDS)
     for batch in batches.values():
-        rounds = _rounds(rounds, 2e-6 * _launch_twice(batch))
+        rounds = _rounds(rounds, 2e-6 * _launch_settled(batch))
     samples: dict[str, list[float]] = {label: [] for label in batches}
     for _ in range(rounds):
         for label, batch in batches.items():
-            samples[label].append(_launch_twice(batch) / batch.calls)
+            samples[label].append(_launch_settled(batch) / batch.calls)
     times = Times()
     for label, batch in batches.items():
         times.enter(label, samples[label], batch.how)

@@ -1,6 +1,7 @@
 """Measures the schedule table that ships with the package: our kernels and the vendor's convolution, shape by shape.
 
     python -m benchmarks.tune_table --device cuda --budget 1500 --out wsp_compiler/codegen/tables/h100.json
+    python -m benchmarks.tune_table --device cpu --threads 2 1 --budget 700 --out wsp_compiler/codegen/tables/cpu16.json
 
 Layers are planned as `compile` plans them: BWSP rows in blocks that fit the kernels, of Kaiming-random weights. The
 most important layers come first, and the table is written after each, so that a run may be stopped; run again, it
@@ -20,8 +21,8 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,28 +32,35 @@ from torch import nn
 
 from benchmarks.arguments import DTYPES, check_device, fraction, positive
 from benchmarks.cases import ConvCase, check_name, select
-from benchmarks.report import STDERR, text_table
-from benchmarks.results import environment, geomean
-from wsp_compiler.codegen.candidates import Candidate
-from wsp_compiler.codegen.cost_model import fit, fit_kind, group_of
+from benchmarks.report import STDERR
+from benchmarks.results import environment
+from benchmarks.table_summary import kept, summary
+from wsp_compiler.codegen.candidates import Candidate, candidate_from_knobs
 from wsp_compiler.codegen.layer import DTYPES as DTYPE_NAMES
 from wsp_compiler.codegen.layer import make_layer
+from wsp_compiler.codegen.pack_fused import rows_per_group
 from wsp_compiler.codegen.schedule_keys import generator_digest, layer_key, vendor_version
 from wsp_compiler.codegen.schedule_records import VENDOR, LayerKey, Record
 from wsp_compiler.codegen.schedules import Schedules, load_table, save_table
-from wsp_compiler.codegen.spec import KernelSpec
+from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget, resolve_target
 from wsp_compiler.codegen.tuner import Tuner
+from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.options import CompileOptions
 from wsp_compiler.plan import make_plan
 from wsp_compiler.sites import find_sites
 from wsp_compiler.winograd import transform_weight
 
-CASES = {"cuda": (("twelve", ()), ("eight", (1,))), "cpu": (("eight", (1,)), ("resnet18", (8,)))}
+CASES = {
+    "cuda": (("twelve", ()), ("eight", (1,))),
+    "cpu": (("eight", (1,)), ("networks", (1,)), ("eight", (8,))),
+}
 """Cases and their batch sizes by default."""
 PRECISIONS = {"cuda": ("fp16", "tf32", "fp32"), "cpu": ("fp32",)}
-
+RATIOS = {"cuda": (0.8, 0.0, 0.6, 0.9), "cpu": (0.8, 0.0, 0.5)}
+MOST = {"cuda": 32, "cpu": 5}
+"""Candidates of a layer by default."""
 
 CHUNK = 16
 """Candidates measured together, interleaved: each holds a CUDA graph and its packed weights."""
@@ -69,10 +77,17 @@ class Job:
     precision: str
     tile: int
     pr: float
+    threads: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} N={self.batch} {self.precision} F{self.tile} pr={self.pr:g}"
+        threads = "" if self.threads is None else f" threads={self.threads}"
+        return f"{self.case.name} N={self.batch} {self.precision} F{self.tile} pr={self.pr:g}{threads}"
+
+    def begin(self) -> None:
+        """Use the job's number of threads, which is part of a layer's key."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
 
 def make_jobs(
@@ -80,10 +95,13 @@ def make_jobs(
     precisions: Sequence[str],
     tiles: Sequence[int],
     prs: Sequence[float],
+    threads: Sequence[int | None] = (None,),
 ) -> list[Job]:
-    """All combinations; the first pruning ratio of all precisions and tiles before the next."""
-    found = itertools.product(prs, precisions, tiles, cases)
-    return [Job(case, batch, precision, tile, pr) for pr, precision, tile, (case, batch) in found]
+    """All combinations; the first pruning ratio of all threads, precisions and tiles before the next."""
+    found = itertools.product(prs, threads, precisions, tiles, cases)
+    return [
+        Job(case, batch, precision, tile, pr, count) for pr, count, precision, tile, (case, batch) in found
+    ]
 
 
 def make_site(job: Job) -> WinogradSite:
@@ -121,14 +139,45 @@ def make_spec(job: Job) -> KernelSpec:
 
 
 def pick(
-    tuner: Tuner, key: LayerKey, candidates: Sequence[Candidate], most: int, seed: int
+    tuner: Tuner,
+    key: LayerKey,
+    candidates: Sequence[Candidate],
+    most: int,
+    seed: int,
+    earlier: Sequence[Candidate] = (),
 ) -> list[Candidate]:
-    """At most ``most`` candidates: the default, the best by what was measured so far, and a third by chance."""
+    """At most ``most`` candidates, a third of them by chance.
+
+    The others are half of the best of an earlier version of the kernels, half the default and the best by what was
+    measured so far.
+    """
     if len(candidates) <= most:
         return list(candidates)
-    chosen = tuner.promising(key, candidates, most - most // 3)
+    by_rule = most - most // 3
+    chosen = list(earlier[: by_rule // 2])
+    for candidate in tuner.promising(key, candidates, by_rule):
+        if len(chosen) < by_rule and candidate not in chosen:
+            chosen.append(candidate)
     rest = [candidate for candidate in candidates if candidate not in chosen]
     return chosen + random.Random(seed).sample(rest, min(len(rest), most - len(chosen)))
+
+
+def earlier_best(old: Sequence[Record], key: LayerKey) -> list[Candidate]:
+    """Fastest first, the candidates of a layer in a table of an earlier version, with every order of tiles."""
+    wanted = replace(key, generator="")
+    good = [
+        r for r in old if r.us is not None and replace(r.key, generator="") == wanted and r.kind != VENDOR
+    ]
+    found: list[Candidate] = []
+    for record in sorted(good, key=lambda r: r.us or math.inf):
+        try:
+            candidate = candidate_from_knobs(record.kind, record.knobs)
+        except ValueError:  # a knob that no longer exists
+            continue
+        config = candidate.config
+        strips = (1, 7) if isinstance(config, FusedConfig) else ()
+        found += [Candidate("fused", replace(config, strip=strip)) for strip in strips] or [candidate]
+    return list(dict.fromkeys(found))
 
 
 @cache
@@ -184,16 +233,45 @@ class Prepared:
     builds: list[concurrent.futures.Future[str]]
 
 
-def prepare(job: Job, tuner: Tuner, builders: Builders, most: int) -> Prepared:
+def neighbours_best(records: Sequence[Record], key: LayerKey, layer: Any) -> list[Candidate]:
+    """The fused configurations that were fastest for the layer at other pruning ratios, with its own number of rows.
+
+    A configuration that serves more rows serves fewer: so measured, a layer is not slower at a higher ratio.
+    """
+
+    def apart_from_rows(key: LayerKey) -> LayerKey:
+        return replace(key, rows=(0, 0), block=0)
+
+    fused = [r for r in records if r.kind == "fused" and r.us is not None and r.key != key]
+    near = [r for r in fused if apart_from_rows(r.key) == apart_from_rows(key)]
+    found: list[Candidate] = []
+    for record in sorted(near, key=lambda r: (abs(r.key.rows[0] - key.rows[0]), r.us or math.inf)):
+        try:
+            config = FusedConfig(**record.knobs)
+            rows = max(16, -(-rows_per_group(layer.site, config.groups) // 16) * 16)
+            candidate = Candidate("fused", replace(config, rows=rows))
+        except (OptionError, TypeError):
+            continue
+        if layer.accepts(candidate):
+            found.append(candidate)
+    return list(dict.fromkeys(found))
+
+
+def prepare(job: Job, tuner: Tuner, builders: Builders, most: int, old: Sequence[Record] = ()) -> Prepared:
     """Choose what to measure of a layer and begin to build it."""
+    job.begin()
     spec, site = make_spec(job), make_site(job)
     layer = make_layer(spec, site.to(tuner.target.device), None, tuner.target)
     key = layer_key(spec, site, job.batch, tuner.target)
     candidates = layer.candidates(job.batch * spec.tiles_per_image)
+    earlier = [candidate for candidate in earlier_best(old, key) if layer.accepts(candidate)]
+    if tuner.target.is_cuda:
+        near = neighbours_best(tuner.schedules.records, key, layer)[:2]
+        earlier = list(dict.fromkeys([*near, *earlier]))
     known = {record.identity for record in tuner.schedules.records}
     missing = [
         c
-        for c in pick(tuner, key, candidates, most, seed=job.batch)
+        for c in pick(tuner, key, candidates, most, job.batch, earlier)
         if Record(key, c.kind, c.knobs(), None).identity not in known
     ]
     return Prepared(job, spec, layer, key, missing, builders.start(job, missing))
@@ -201,6 +279,7 @@ def prepare(job: Job, tuner: Tuner, builders: Builders, most: int) -> Prepared:
 
 def run_job(ready: Prepared, tuner: Tuner, deadline: float) -> int:
     """Measure the vendor and a layer; returns the number of candidates measured."""
+    ready.job.begin()
     tuner.dense(ready.spec, ready.job.batch)
     done = 0
     for start in range(0, len(ready.missing), CHUNK):
@@ -211,68 +290,6 @@ def run_job(ready: Prepared, tuner: Tuner, deadline: float) -> int:
         tuner.measure_candidates(ready.layer, ready.key, part)
         done += len(part)
     return done
-
-
-def kept(records: Sequence[Record], best: int) -> Iterator[Record]:
-    """What ships: of every layer the ``best`` fastest and every fourth of the others, for the cost model."""
-    layers: dict[LayerKey, list[Record]] = {}
-    for record in records:
-        layers.setdefault(record.key, []).append(record)
-    for members in layers.values():
-        good = sorted((r for r in members if r.us is not None), key=lambda r: r.us or math.inf)
-        yield from good[:best]
-        yield from good[best::4]
-        yield from [r for r in members if r.us is None][:2]
-
-
-def summary(records: Sequence[Record]) -> str:
-    """The fastest kernel of every layer beside the vendor's, and how well the cost model fits."""
-    vendor = {
-        (r.key.filters, r.key.height, r.key.batch, r.key.precision): r.us
-        for r in records
-        if r.kind == VENDOR and r.us is not None
-    }
-    rows: list[tuple[str, ...]] = []
-    ratios: dict[tuple[str, int, int], list[float]] = {}
-    for key in dict.fromkeys(record.key for record in records if record.kind != VENDOR):
-        good = [r for r in records if r.key == key and r.us is not None]
-        theirs = vendor.get((key.filters, key.height, key.batch, key.precision))
-        name = f"{key.filters}@{key.height} N={key.batch} {key.precision} F{key.tile} rows={key.rows[1]}"
-        if not good or theirs is None:
-            rows.append((name, "-", "-", "-", "no candidate ran" if not good else "vendor unknown"))
-            continue
-        best = min(good, key=lambda r: r.us or math.inf)
-        ours = best.us or math.inf
-        knobs = " ".join(f"{k}={v}" for k, v in best.knobs.items())
-        rows.append((name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}", f"{best.kind} {knobs}"))
-        share = round(10 * key.rows[0] / key.filters) * 10
-        ratios.setdefault((key.precision, key.tile, share), []).append(theirs / ours)
-    lines = [text_table(("layer", "us", "vendor", "ratio", "kernel"), rows), ""]
-    for (precision, tile, share), found in ratios.items():
-        lines.append(
-            f"{precision} F{tile}, about {share}% of the rows: {geomean(found):.2f}x over {len(found)} layers, "
-            f"least {min(found):.2f}"
-        )
-    return "\n".join([*lines, *model_errors(records)])
-
-
-def model_errors(records: Sequence[Record]) -> list[str]:
-    """Root mean square of log(predicted / measured) of every fit, and with each layer left out of it in turn."""
-    lines: list[str] = []
-    for group, fitted in fit(records).fitted.items():
-        members = [r for r in records if r.us is not None and group_of(r.key, r.kind) == group]
-        squares: list[float] = []
-        for key in dict.fromkeys(r.key for r in members):
-            others = fit_kind([r for r in members if r.key != key])
-            if others is not None:
-                for r in (r for r in members if r.key == key):
-                    squares.append(math.log(others.predict(r.key, r.kind, r.knobs) / (r.us or math.inf)) ** 2)
-        unseen = f"{math.sqrt(math.fsum(squares) / len(squares)):.3f}" if squares else "unknown"
-        lines.append(
-            f"cost model {' '.join(group)}: {fitted.records} records, rms log error {fitted.error:.3f}, "
-            f"on layers left out {unseen}"
-        )
-    return lines
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -289,11 +306,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: all that have kernels")
     parser.add_argument("--tile", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="default: 2 4")
     parser.add_argument(
-        "--pr", nargs="+", type=fraction, default=[0.8, 0.0, 0.6, 0.9], help="first ones first"
+        "--pr", nargs="+", type=fraction, help="first ones first; default: those of the device"
     )
-    parser.add_argument(
-        "--most", type=positive, default=32, help="candidates of a layer; default: %(default)s"
-    )
+    parser.add_argument("--threads", nargs="+", type=positive, help="on the CPU; default: PyTorch's number")
+    parser.add_argument("--most", type=positive, help="candidates of a layer; default: 32, on the CPU 5")
     parser.add_argument(
         "--best", type=positive, default=8, help="fastest records to keep; default: %(default)s"
     )
@@ -317,7 +333,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases: list[tuple[ConvCase, int]] = []
     for name, batches in chosen or CASES[arguments.device]:
         cases += select([name], batches)
-    jobs = make_jobs(list(dict.fromkeys(cases)), precisions, arguments.tile, arguments.pr)
+    if arguments.threads and arguments.device != "cpu":
+        parser.error("--threads is for --device cpu")
+    prs, most = arguments.pr or RATIOS[arguments.device], arguments.most or MOST[arguments.device]
+    threads = arguments.threads or (None,)
+    jobs = make_jobs(list(dict.fromkeys(cases)), precisions, arguments.tile, prs, threads)
     target = resolve_target(arguments.device, torch.device(arguments.device))
     schedules = Schedules(None, None)
     generators = (generator_digest(target.device.type), vendor_version(target))
@@ -333,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while time.monotonic() < deadline:
             for job in itertools.islice(ahead, AHEAD + 1 - len(waiting)):
                 try:
-                    waiting.append(prepare(job, tuner, builders, arguments.most))
+                    waiting.append(prepare(job, tuner, builders, most, old))
                 except Exception as error:  # a layer that cannot be planned or packed costs only itself
                     waiting.append(f"{job.name}: failed, {type(error).__name__}: {error}")
             if not waiting:

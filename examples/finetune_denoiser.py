@@ -5,7 +5,8 @@
 The network is pruned and calibrated on the calibration photos, then trained in the Winograd domain on noisy patches
 of the training photos; no label and no clean photo is used, and the held-out photos are only looked at before and
 after. Needs PyTorch, not the compiler's code generator. A run that was killed goes on from its checkpoint. What it
-writes is the state_dict of `wsp_compiler.prune(...)`, which `load_pruned` reads and `wsp_compiler.compile` takes.
+writes is a packed state_dict of `wsp_compiler.prune(...)`: `load_pruned` reads it, `wsp_compiler.compile` takes that.
+On a GPU both networks run in bfloat16 and through torch.compile, which fuses what lies between the convolutions.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples import optional_module, photos
+from examples import photos
 from examples.denoiser import load_denoiser, psnr
 from examples.patches import PatchSource
+from examples.pruned_file import load_pruned_state, save_pruned
 
 EVERY_STEPS = 100
 
@@ -33,7 +35,7 @@ def held_out_psnr(model: nn.Module, device: torch.device) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in photos.HELD_OUT:
         clean = photos.load(name)
-        with torch.inference_mode():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             denoised = model(photos.noisy(clean).to(device)).clamp(0, 1).cpu()
         found[name] = psnr(denoised, clean)
     return found
@@ -49,17 +51,18 @@ def patches(device: torch.device, batch: int, patch: int, seed: int) -> Iterator
     source = PatchSource(photos.TRAIN, patch, device, seed=seed)
     while True:
         clean = source.sample(batch)
-        yield clean + source.noise(clean.shape, photos.SIGMA)
+        noisy = clean + source.noise(clean.shape, photos.SIGMA)
+        yield noisy.contiguous(memory_format=torch.channels_last)
 
 
 def load_pruned(path: Path | str) -> nn.Module:
     """The fine-tuned network in `path`, on the CPU in evaluation mode; `wsp_compiler.compile` takes it."""
     import wsp_compiler
 
-    state: dict[str, Tensor] = optional_module("safetensors.torch").load_file(path)
-    model = wsp_compiler.prune(load_denoiser(), 0.5)  # any ratio: keep comes with the weights
-    model.load_state_dict(state)
-    return model.eval()
+    model = wsp_compiler.prune(
+        load_denoiser(), 0.5, method="wsp", importance="l2"
+    )  # keep comes with the weights
+    return load_pruned_state(model, Path(path))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +76,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="patches in a batch (default: 64)")
     parser.add_argument("--patch", type=int, default=64, help="side of a patch (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: 0.001)")
+    parser.add_argument(
+        "--method", default="wsp", choices=["wsp", "bwsp"], help="pattern of the rows (default: wsp)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--torch-compile", action=argparse.BooleanOptionalAction, help="default: on a GPU, after a try"
+    )
     parser.add_argument("--out", type=Path, default=Path("denoiser_pruned.safetensors"))
     parser.add_argument("--json", type=Path, help="summary of the run")
     options = parser.parse_args(arguments)
@@ -83,7 +92,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.minutes = 8.0
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.torch_compile is None:
+        options.torch_compile = options.device == "cuda"
     return options
+
+
+def compile_networks(dense: nn.Module, model: nn.Module, batch: Tensor, autocast: torch.dtype | None) -> None:
+    """torch.compile both networks, in place, for batches like this one; they stay eager where that fails."""
+    for network in (dense, model):
+        network.compile()
+    for module in model.modules():  # as in wsp_compiler.finetune: what is compiled depends on it
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    try:
+        with torch.autocast(batch.device.type, autocast, enabled=autocast is not None):
+            output = model(batch)
+            with torch.no_grad():
+                target = dense(batch)
+        noise_error()(output, target).backward()
+    except Exception as problem:  # a compiler's: of any kind
+        print(f"going on without torch.compile: {type(problem).__name__}: {problem}".partition("\n")[0])
+        for network in (dense, model):
+            network._compiled_call_impl = None
+    model.zero_grad(set_to_none=True)
+    model.eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     began = time.monotonic()
     dense = load_denoiser().to(device)
-    model = wsp_compiler.prune(dense, options.pr, calibration=photos.calibration_crops())
+    model = wsp_compiler.prune(
+        dense, options.pr, method=options.method, calibration=photos.calibration_crops()
+    )
     quality = {"dense": held_out_psnr(dense, device), "calibrated": held_out_psnr(model, device)}
     print(
         f"calibrated in {time.monotonic() - began:.0f} s: "
@@ -110,32 +143,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             losses.append(float(loss))
             print(f"step {step}, {fraction:.0%}: relative squared error {losses[-1]:.5f}", flush=True)
 
+    batches = patches(device, options.batch, options.patch, options.seed)
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    torch.backends.cudnn.benchmark = True
     began = time.monotonic()
+    if options.torch_compile:
+        compile_networks(dense, model, next(batches), autocast)
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     checkpoint = options.out.with_suffix(".checkpoint")
     wsp_compiler.finetune(
         model,
-        patches(device, options.batch, options.patch, options.seed),
+        batches,
         teacher=dense,
         steps=options.steps,
         seconds=None if options.minutes is None else 60 * options.minutes,
         learning_rate=options.learning_rate,
-        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        autocast=autocast,
         checkpoint=checkpoint,
         loss=noise_error(),
         on_step=report,
     )
+    seconds = time.monotonic() - began
+    torch.backends.cudnn.benchmark = False  # every photo has a size of its own: nothing to search for
     quality["fine-tuned"] = held_out_psnr(model, device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    optional_module("safetensors.torch").save_file(state, options.out)
+    drops = {name: f"{mean_drop(quality['dense'], found):.4f}" for name, found in quality.items()}
+    size = save_pruned(model, options.out, {"pr": str(options.pr), "mean_drop_db": json.dumps(drops)})
     for name in ("calibrated", "fine-tuned"):
         print(
             f"{name}: {mean_drop(quality['dense'], quality[name]):.3f} dB below dense, mean of the held-out photos"
         )
     if options.json:
-        write_summary(options, quality, losses, time.monotonic() - began)
+        write_summary(options, quality, losses, seconds)
     checkpoint.unlink(missing_ok=True)
-    print(f"wrote {options.out}")
+    print(f"wrote {options.out} ({size} bytes)")
 
 
 def noise_error() -> Any:
@@ -150,7 +190,7 @@ def noise_error() -> Any:
 def write_summary(
     options: argparse.Namespace, quality: dict[str, dict[str, float]], losses: list[float], seconds: float
 ) -> None:
-    """Write what was run, and PSNR of every held-out photo before and after, as JSON."""
+    """Write what was run, PSNR of every held-out photo before and after, and the seconds that training took."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     summary: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -1,7 +1,8 @@
 """The photos of the example: where they are, how they are split, and the noise added to them.
 
 All of them are files that the packages scikit-image and scikit-learn install (their licences are told there);
-nothing is downloaded.
+nothing is downloaded. Where those packages are not installed, the environment variable WSP_PHOTOS names a folder with
+copies of the files.
 The split is named here and nowhere else:
 
 - `TRAIN`: the denoiser's weights were fitted to these. Both halves of the one stereo pair are here.
@@ -14,6 +15,7 @@ deviations on the usual scale of 0 to 255, so `sigma=25` adds noise of standard 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from examples import INSTALL_HINT, optional_module, optional_package_folder
 
+FOLDER_VARIABLE = "WSP_PHOTOS"
+"""Environment variable: a folder with the photos' files, looked into instead of the packages'."""
 SIGMA = 25.0
 """Standard deviation of the noise the denoiser is trained for, of 255."""
 
@@ -70,7 +74,10 @@ _SCIKIT_IMAGE = {
 
 def photo_path(name: str) -> Path:
     """File of one photo; `name` is an entry of `TRAIN`, `CALIBRATION` or `HELD_OUT`."""
-    if name in _SCIKIT_LEARN:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and name in _SCIKIT_LEARN | _SCIKIT_IMAGE:
+        path = Path(folder) / (_SCIKIT_LEARN | _SCIKIT_IMAGE)[name]
+    elif name in _SCIKIT_LEARN:
         path = optional_package_folder("sklearn") / "datasets" / "images" / _SCIKIT_LEARN[name]
     elif name in _SCIKIT_IMAGE:
         path = optional_package_folder("skimage") / "data" / _SCIKIT_IMAGE[name]

@@ -78,6 +78,15 @@ def test_compile_reports_and_writes_the_plan(capsys: pytest.CaptureFixture[str],
     assert (plan["2"].pattern, plan["2"].pr, plan["2"].tile) == ("WSP-C", 0.5, 4)
 
 
+def test_uneven_ratios(tmp_path: Path):
+    file = tmp_path / "plan.json"
+    arguments = ["compile", SMALL, "--pr", "0.5", "--shape", "1,3,10,12", "--rule", "0:tile=2"]
+    assert main([*arguments, "--pr-scope", "global", "--plan", str(file)]) == 0
+    ratios = [entry.pr for entry in PruningPlan.from_json(file.read_text()).values()]
+    assert len(ratios) == 2
+    assert min(ratios) <= 0.5 <= max(ratios)
+
+
 def test_compile_without_report_is_short(capsys: pytest.CaptureFixture[str]):
     target = '{"kind": "llvm", "mcpu": "x86-64-v3"}'
     assert main(["compile", SMALL, "--shape", "1,3,10,12", "--target", target]) == 0
@@ -124,6 +133,9 @@ MISTAKES = {
     "tile": ([SMALL, "--tile", "3"], "unknown tile 3"),
     "tune": ([SMALL, "--tune", "slowly"], "unknown tune 'slowly'"),
     "block": ([SMALL, "--block", "0"], "block=0"),
+    "scope": ([SMALL, "--pr-scope", "globl"], "did you mean 'global'"),
+    "latency": ([SMALL, "--target-latency", "0"], "target_latency=0.0 is not a positive number"),
+    "unknown times": ([SMALL, "--target-latency", "9"], "tune='fast', which measures them"),
     "precision": ([SMALL, "--precision", "tf32"], "use 'fp32' or 'bf16'"),
     "target": ([SMALL, "--target", "gpu"], "unknown target 'gpu'"),
     "target JSON": ([SMALL, "--target", "{kind"], "malformed JSON"),

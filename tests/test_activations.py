@@ -101,3 +101,17 @@ def test_failures_name_the_batch() -> None:
     networks = Replay(model, [((torch.full((1, 3, 5, 5), 1e30),), {})])
     with pytest.raises(InputError, match="middle: its input is NaN or infinite on calibration batch 0"):
         networks.capture("middle", 0, pruned=False, output=False)
+
+
+def test_replay_finishes_with_another_output() -> None:
+    model = Net().eval()
+    before = snapshot(model)
+    x = torch.randn(2, 3, 6, 6)
+    networks = Replay(model, [((x,), {})])
+    given = networks.capture("middle", 0, pruned=False, output=True)
+    y = networks.finish("middle", 0, given)
+    assert torch.equal(y, networks.capture("last", 0, pruned=False, output=True))
+    zero = networks.finish("middle", 0, torch.zeros_like(given))
+    hidden = model.norm(torch.relu(model.middle_norm(torch.zeros_like(given))))
+    assert torch.allclose(zero, model.last(hidden))
+    assert_untouched(model, before)

@@ -97,3 +97,33 @@ def test_failures_name_the_batch() -> None:
     graph.capture("a", 0, pruned=False, output=True)
     with pytest.raises(InputError, match=r"fails on batch 1, shapes \[\[2, 2, 9, 9\]\]"):
         graph.capture("a", 1, pruned=False, output=True)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_finishing_with_another_output_leaves_the_rest_alone(kept_bytes: int) -> None:
+    traced, plan, inputs = parts()
+    calls = [((x,), {}) for x in inputs]
+    graph = Frontier(traced.units[""], traced.calls[""], calls, kept_bytes)
+    replay = Replay(traced.model, calls)
+    expected = [traced.model(x) for x in inputs]
+    for path in [path for path, convolution in graph.order(plan) if convolution]:
+        for index in range(len(inputs)):
+            y = graph.capture(path, index, pruned=False, output=True).clone()
+            assert torch.allclose(graph.finish(path, index, y), expected[index], atol=1e-6)
+            changed = graph.finish(path, index, 3 * y)
+            assert not torch.allclose(changed, expected[index], atol=1e-3)
+            assert torch.allclose(changed, replay.finish(path, index, 3 * y), atol=1e-6)
+    assert torch.equal(
+        graph.capture("b", 0, pruned=False, output=True), replay.capture("b", 0, pruned=False, output=True)
+    )
+    # going back is possible
+    y = graph.capture("b", 0, pruned=False, output=True)
+    assert torch.allclose(graph.finish("a", 0, replay.capture("a", 0, pruned=False, output=True)), expected[0])
+    assert torch.allclose(graph.finish("b", 0, y), y)
+
+
+def test_finishing_names_the_batch_that_fails() -> None:
+    traced, _, inputs = parts()
+    graph = Frontier(traced.units[""], traced.calls[""], [((inputs[0][:, :2],), {})])
+    with pytest.raises(InputError, match="fails on batch 0"):
+        graph.finish("a", 0, torch.zeros(2, 16, 9, 9))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wsp_compiler import errors
+from wsp_compiler.abwsp import Candidate, SearchResult, search, spearman
 from wsp_compiler.api import compile
 from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.passes import PassBase, Pipeline, Rewrites, pipeline
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Candidate",
     "CompileOptions",
     "CompiledModule",
     "ConvSite",
@@ -33,6 +35,7 @@ __all__ = [
     "PruneRule",
     "PruningPlan",
     "Rewrites",
+    "SearchResult",
     "SitePlan",
     "WinogradConv2d",
     "balanced_speedup",
@@ -43,6 +46,8 @@ __all__ = [
     "layer_times",
     "pipeline",
     "prune",
+    "search",
+    "spearman",
 ]
 
 

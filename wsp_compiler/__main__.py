@@ -27,7 +27,7 @@ from torch import nn
 
 from wsp_compiler import api
 from wsp_compiler.errors import OptionError, WspError
-from wsp_compiler.options import DIRECTIONS, METHODS, PRECISIONS, PruneRule
+from wsp_compiler.options import DIRECTIONS, METHOD_CHOICES, PRECISIONS, PruneRule
 from wsp_compiler.report import format_table
 from wsp_compiler.sites import find_sites
 
@@ -175,6 +175,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def run_compile(arguments: argparse.Namespace) -> None:
     """Compile a model, run it once, and say what became of it."""
     names = ("method", "direction", "tile", "block", "precision", "check", "keep_slower", "tune")
+    names += ("pr_scope", "target_latency")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options["rules"] = [parse_rule(text) for text in arguments.rule]
     options["target"], shape = parse_target(arguments.target), parse_shape(arguments.shape)
@@ -214,7 +215,7 @@ def make_parser() -> argparse.ArgumentParser:
     look.set_defaults(run=run_inspect)
     make = commands.add_parser("compile", help="prune, compile and run once")
     make.add_argument("--pr", type=float, default=0.8, help="share of weights to remove (default 0.8)")
-    make.add_argument("--method", default="bwsp", help=", ".join(METHODS))
+    make.add_argument("--method", default="abwsp", help=f"{', '.join(METHOD_CHOICES)} (default abwsp)")
     make.add_argument("--direction", default="row", help=", ".join(DIRECTIONS))
     make.add_argument(
         "--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)"
@@ -228,6 +229,10 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--report", action="store_true", help="print the table of all convolutions")
     make.add_argument("--plan", type=Path, metavar="FILE", help="write the pruning plan as JSON")
     make.add_argument("--keep-slower", action="store_true", help="lower layers also where dense is faster")
+    make.add_argument("--pr-scope", help="global: --pr over all layers together; layer (default): in each")
+    make.add_argument(
+        "--target-latency", type=float, metavar="MS", help="prune until a call takes that long; see --tune"
+    )
     make.add_argument("--tune", default="off", help="what to measure: off, fast (seconds a layer) or full")
     make.add_argument("--check", action="store_true", help="verify every pass in float64")
     make.set_defaults(run=run_compile)

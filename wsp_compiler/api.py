@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from wsp_compiler.abwsp.run import searched_plan
 from wsp_compiler.batches import calibration_calls
-from wsp_compiler.calibration import apply_norms, calibrate
+from wsp_compiler.budget.times import network_milliseconds
+from wsp_compiler.calibration import apply_norms
 from wsp_compiler.errors import ModelError, OptionError
+from wsp_compiler.evaluation import EvalFn, evaluate
+from wsp_compiler.filters.shrink import Shrunk, shrink
 from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.passes import PassRecord, Pipeline, run_pipeline
 from wsp_compiler.passes import pipeline as default_pipeline
-from wsp_compiler.plan import PruningPlan, make_plan, plan_times
+from wsp_compiler.plan import PruningPlan, plan_times
+from wsp_compiler.planning import Planner
+from wsp_compiler.progress import progress
 from wsp_compiler.sites import collect_sites
 from wsp_compiler.trace import TracedModel, TracedUnit, check_model, example_call, trace
-from wsp_compiler.training.prune import unprune
+from wsp_compiler.training.prune import prune, unprune
+from wsp_compiler.verify import make_check
 
 if TYPE_CHECKING:
     from wsp_compiler.codegen.tuner import Tuner
@@ -52,21 +60,28 @@ def compile(
     tune: str = "off",
     rest: str = "eager",
     cuda_graph: bool = False,
+    pr_scope: str | None = None,
+    target_latency: float | None = None,
+    max_drop: float | None = None,
+    eval_fn: EvalFn | None = None,
 ) -> CompiledModule:
     """Prune a convolutional network in the Winograd domain and compile it.
 
     Args:
         model: any nn.Module in eval mode. It is not modified; tensors of layers that are not lowered are
             shared.
-        pr: share of the Winograd weights to remove from each eligible layer, in [0, 1).
+        pr: share to remove, in [0, 1): of all eligible layers' multiplications together, or of the Winograd weights of
+            each layer; see pr_scope.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. With them,
             the trace is checked against the model and all kernels are built now; without, on the first call.
         calibration: sample inputs without labels: a DataLoader, a list of batches, or a tensor of images (labels in a
             batch are dropped). With them the kept weights are chosen by the energy they add to each layer's output
             and refitted by least squares, layer by layer (docs/accuracy.md). Give images of the size that is run.
         method: pruning pattern: "bwsp" (the same number of rows or columns in every Winograd position), "wsp"
-            (one threshold per layer), "fp" (filters), or "dense" (Winograd without pruning; pr is ignored).
-            None is "wsp" with calibration and "bwsp" without.
+            (one threshold per layer), "fp" (filters), "dense" (Winograd without pruning; pr is ignored), or "abwsp"
+            (None means it): "wsp" or "bwsp" for each layer. With calibration that is "wsp", but "bwsp" where it is
+            known to be faster and adds next to nothing to the predicted error; without, "bwsp" unless known not to
+            be faster.
         direction: "row" or "column" of each position's matrix U_k [n, c].
         tile: output tile side m of F(m x m, 3x3): 2 or 4, or "auto": the faster one where times are known.
         block: for "bwsp" with rows: equal kept rows in every position and group of ``block`` consecutive filters,
@@ -95,6 +110,18 @@ def compile(
         cuda_graph: capture one CUDA graph for every kind of input (shapes, strides, dtypes) at its first call and
             replay it from then on. Each keeps its inputs, outputs and intermediate results allocated. Python
             code of untraced parts runs at capture only. CUDA only.
+        pr_scope: "global": uneven ratios, with the least predicted error of the network's output at ``pr`` = 1 - kept
+            multiplications / those of unpruned F(2x2, 3x3), over all eligible layers but those whose pr a rule sets;
+            "layer": ``pr`` in every layer, as in the papers. None is "global" with calibration, else "layer".
+        target_latency: milliseconds of a call on example_inputs: the plan of least predicted error whose compiled
+            network was measured within it; ``pr`` is not read. Needs example_inputs, and known times or tune="fast".
+        max_drop: how much eval_fn may lose against the dense model, in its own unit: the fastest plan (by known
+            times, else by multiplications) found within it; ``pr`` is not read. Calibrates and evaluates six or seven
+            networks.
+        eval_fn: quality of a model, higher is better, as a number. It is given ordinary modules of the model's class in
+            eval mode, not compiled ones. Without max_drop it chooses between "wsp" and "bwsp": for "abwsp" with
+            calibration, pr_scope None or "layer", :func:`wsp_compiler.search` is run without fine-tuning (pr is even
+            over the layers; up to 256 evaluations, see docs/search.md).
 
     Returns:
         A :class:`~wsp_compiler.runtime.CompiledModule`.
@@ -103,6 +130,7 @@ def compile(
         WspError: a subclass that says what is wrong, where, and what to do.
     """
     from wsp_compiler.codegen.plan_speed import PlanSpeed
+    from wsp_compiler.codegen.prebuild import prebuild
     from wsp_compiler.codegen.targets import resolve_target
     from wsp_compiler.codegen.tuner import Tuner
     from wsp_compiler.runtime import CompilationRecord, CompiledModule, emit
@@ -110,10 +138,11 @@ def compile(
     if not isinstance(rules, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"rules is {rules!r}", where="compile", fix="pass a list of wsp_compiler.PruneRule")
     options = CompileOptions(
-        pr, method or ("bwsp" if calibration is None else "wsp"), direction, tile, importance,
-        tuple(rules), precision,
+        pr, method or "abwsp", direction, tile, importance, tuple(rules), precision,
         block=block, keep_slower=keep_slower, tune=tune,
+        pr_scope=pr_scope, target_latency=target_latency, max_drop=max_drop,
     )  # fmt: skip
+    _check_budgets(options, plan, example_inputs, eval_fn)
     _check_type("passes", passes, Pipeline, "edit wsp_compiler.pipeline: its methods return a Pipeline")
     _check_type(
         "plan", plan, PruningPlan, "use PruningPlan.from_json(text) or another compiled module's plan"
@@ -127,34 +156,43 @@ def compile(
     if _device_of(model) != code_target.device:
         model = copy.deepcopy(model).to(code_target.device)
         example_inputs = _moved(example_inputs, code_target.device)
+    if plan is None:
+        plan = searched_plan(model, options, eval_fn, calibration, example_inputs, target)
+        calibration = calibration if plan is None else None  # the searched plan is calibrated
 
     traced = trace(model, example_inputs)
     sites = collect_sites(traced)
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     convolutions = {path: module for path, module in modules if isinstance(module, nn.Conv2d)}
+    calls = None if calibration is None else calibration_calls(calibration, model, example_inputs)
     tuner = Tuner(code_target, tune)
+    speed = PlanSpeed(tuner, precision)
+    planner = Planner(traced, sites, convolutions, options, speed, calls)
+
+    def measured(candidate: PruningPlan) -> float:
+        made = compile(
+            model, example_inputs=example_inputs, precision=precision, target=target, passes=passes,
+            plan=candidate, tune=tune, rest=rest, cuda_graph=cuda_graph,
+        )  # fmt: skip
+        return network_milliseconds(made, example_inputs)
+
     with _showing_measurements(tuner, sum(site.reject is None for site in sites)):
-        speed = PlanSpeed(tuner, precision)
         if plan is None:
-            chosen = make_plan(sites, convolutions, options, speed)
+            chosen = planner.make(measured, _drop(eval_fn, model, example_inputs))
             times = chosen.times
         else:
-            chosen = plan
-            chosen.check_fits(convolutions)
-            times = plan_times(chosen, sites, convolutions, speed)
-    if calibration is not None:
-        chosen = _calibrated(
-            traced, chosen, calibration, example_inputs, plan is None and importance == "output"
-        )
+            plan.check_fits(convolutions)
+            times = plan_times(plan, sites, convolutions, speed)
+            chosen = planner.calibrated(plan, choose=False)
     for unit in traced.units.values():
         apply_norms(unit, model, chosen)
-    records = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)
+    records, shrunk = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)
     dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}
     emitted = {path: emit(gm, code_target, precision, dtypes, rest) for path, gm in traced.units.items()}
     compiled = CompiledModule(
         executable=traced.assemble(emitted),
         graph_module=traced.units[""] if "" in traced.units else traced.assemble(traced.units),
-        record=CompilationRecord(sites, chosen, traced.untraced, records, times),
+        record=CompilationRecord(sites, chosen, traced.untraced, records, times, shrunk),
         target=code_target,
         cuda_graph=cuda_graph,
     )
@@ -163,6 +201,7 @@ def compile(
     for layer in compiled.layers():
         layer.tuner = tuner
     if example_inputs is not None:
+        prebuild(compiled.layers(), compiled.graph_module, {site.path: site.formats for site in sites})
         _build_kernels(compiled, example_inputs)
     return compiled
 
@@ -170,37 +209,28 @@ def compile(
 @contextlib.contextmanager
 def _showing_measurements(tuner: Tuner, layers: int) -> Generator[None]:
     """A progress bar on a terminal while ``tuner`` measures layers for the plan."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(
-        console=console, transient=True, disable=tuner.level == "off" or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("measuring kernels", total=2 * layers)
-        tuner.on_measure = lambda text: bar.update(task, description=text, advance=1)
+    with progress("measuring kernels", 2 * layers, enabled=tuner.level != "off") as advance:
+        tuner.on_measure = advance
         try:
             yield
         finally:
             tuner.on_measure = None
 
 
-def _calibrated(
-    traced: TracedModel, plan: PruningPlan, data: Any, example_inputs: Any, choose: bool
-) -> PruningPlan:
-    """The plan refined on sample inputs, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
+def _drop(
+    eval_fn: EvalFn | None, model: nn.Module, example_inputs: Any
+) -> Callable[[PruningPlan], float] | None:
+    """How much ``eval_fn`` loses under a plan against the dense model, which is evaluated at the first call."""
+    if eval_fn is None:
+        return None
+    dense: list[float] = []
 
-    calls = calibration_calls(data, traced.model, example_inputs)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("calibrating", total=len(plan) * len(calls))
+    def drop(plan: PruningPlan) -> float:
+        if not dense:
+            dense.append(evaluate(eval_fn, copy.deepcopy(model), "the dense model"))
+        return dense[0] - evaluate(eval_fn, prune(model, plan=plan, example_inputs=example_inputs))
 
-        def advance(path: str) -> None:
-            bar.update(task, description=f"calibrating {path}", advance=1)
-
-        return calibrate(traced, plan, calls, choose=choose, on_step=advance)
+    return drop
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -236,6 +266,31 @@ def _check_precision(options: CompileOptions, is_cuda: bool) -> None:
         )
 
 
+def _check_budgets(
+    options: CompileOptions, plan: PruningPlan | None, example_inputs: Any, eval_fn: EvalFn | None
+) -> None:
+    """What the budgets need, and that nothing is given that would not be read."""
+    budgets = [name for name in ("target_latency", "max_drop") if getattr(options, name) is not None]
+    if plan is not None and budgets:
+        raise OptionError(
+            f"both plan and {budgets[0]} say how much is pruned", where="compile", fix="give one of them"
+        )
+    if options.target_latency is not None and example_inputs is None:
+        raise OptionError(
+            "target_latency needs inputs to measure with", where="compile", fix="pass example_inputs"
+        )
+    if eval_fn is not None and not callable(eval_fn):
+        raise OptionError(
+            f"eval_fn is a {type(cast('object', eval_fn)).__name__}",
+            where="compile",
+            fix="pass a function that takes a model and returns a number, higher is better",
+        )
+    if options.max_drop is not None and eval_fn is None:
+        raise OptionError(
+            "max_drop needs eval_fn to measure it", where="compile", fix="pass eval_fn(model) -> float"
+        )
+
+
 def _check_execution(rest: str, cuda_graph: bool, is_cuda: bool) -> None:
     if rest not in ("eager", "inductor"):
         raise OptionError(f"unknown rest {rest!r}", where="compile", fix="use 'eager' or 'inductor'")
@@ -248,20 +303,21 @@ def _check_execution(rest: str, cuda_graph: bool, is_cuda: bool) -> None:
 
 def _lower(
     traced: TracedModel, plan: PruningPlan, pipeline: Pipeline, example_inputs: Any, check: bool
-) -> tuple[PassRecord, ...]:
-    """Run the passes on every unit, in place."""
+) -> tuple[tuple[PassRecord, ...], Shrunk]:
+    """Remove pruned filters, then run the passes on every unit, in place."""
     if check and example_inputs is None:
         raise OptionError("check=True needs inputs to compare on", where="compile", fix="pass example_inputs")
     inputs = _unit_inputs(traced, example_inputs) if check else {}
+    checks: dict[str, Any] = {}
+    unchecked = {path: make_check(traced.units[path], plan, given) for path, given in inputs.items()}
+    shrunk = shrink(traced.units, plan)
+    for path, checker in unchecked.items():
+        checks[path] = partial(checker, plan=shrunk.plan)
+        checks[path](traced.units[path], "shrink_filters")
     records: list[PassRecord] = []
     for path, gm in traced.units.items():
-        checker = None
-        if path in inputs:
-            from wsp_compiler.verify import make_check
-
-            checker = make_check(gm, plan, inputs[path])
-        records += run_pipeline(pipeline, gm, plan, unit=path, check=checker)
-    return tuple(records)
+        records += run_pipeline(pipeline, gm, shrunk.plan, unit=path, check=checks.get(path))
+    return tuple(records), shrunk
 
 
 def _unit_inputs(traced: TracedModel, example_inputs: Any) -> dict[str, tuple[Any, ...]]:
@@ -287,20 +343,11 @@ def _unit_inputs(traced: TracedModel, example_inputs: Any) -> dict[str, tuple[An
 
 def _build_kernels(compiled: nn.Module, example_inputs: Any) -> None:
     """Run once on the example inputs, which builds every kernel, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from wsp_compiler.codegen import layer
 
     args, kwargs = example_call(example_inputs)
-    console = Console(stderr=True)
     total = sum(isinstance(module, layer.WinogradLayer) for module in compiled.modules())
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("building kernels", total=total)
-
-        def advance() -> None:
-            progress.advance(task)
-
+    with progress("building kernels", total) as advance:
         layer.on_build.append(advance)
         try:
             compiled(*args, **kwargs)

@@ -11,7 +11,7 @@ one batch's activations, the inputs, and at most :data:`wsp_compiler.frontier.KE
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from wsp_compiler.plan import PruningPlan, SitePlan, choose_keep
 from wsp_compiler.pruning.moments import Moments, MomentsBuilder
 from wsp_compiler.pruning.output_aware import MeasuredEnergy
 from wsp_compiler.pruning.refit import refit
+from wsp_compiler.pruning.refit_filters import refit_filters
 from wsp_compiler.refits import NormStatistics, SiteRefit
 from wsp_compiler.sites import padding_of
 from wsp_compiler.trace import Call, TracedModel
@@ -39,6 +40,7 @@ def calibrate(
     calls: Sequence[Call],
     *,
     choose: bool = True,
+    settled: Collection[str] = (),
     on_step: Callable[[str], None] | None = None,
 ) -> PruningPlan:
     """A plan with chosen and refitted weights, from sample inputs.
@@ -48,6 +50,7 @@ def calibrate(
         plan: which convolutions are pruned, how, and how far. It is not modified.
         calls: the inputs, see :func:`wsp_compiler.batches.calibration_calls`.
         choose: choose ``keep`` anew by measured energy; False keeps the plan's.
+        settled: paths that keep the plan's in any case: filters that were chosen together.
         on_step: called with the module's path after every batch of every module.
 
     Returns:
@@ -64,10 +67,7 @@ def calibrate(
         errors=dict(plan.errors),
     )
     with exact_float32(), torch.no_grad():
-        if set(traced.units) == {""}:
-            networks: Networks = Frontier(traced.units[""], traced.calls[""], calls)
-        else:
-            networks = Replay(traced.model, calls)
+        networks = networks_of(traced, calls)
         for path, is_convolution in networks.order(plan):
             step = partial(on_step, path) if on_step is not None else _nothing
             if not is_convolution:
@@ -75,10 +75,19 @@ def calibrate(
                 continue
             conv = networks.module(path, pruned=False)
             assert isinstance(conv, nn.Conv2d)
-            entry, fitted, error = fit_site(networks, conv, plan[path], choose, step)
+            entry, fitted, error = fit_site(
+                networks, conv, plan[path], choose and path not in settled, step
+            )
             result.sites[path], result.refits[path], result.errors[path] = entry, fitted, error
             use_weights(networks.module(path, pruned=True), *result.weights(path, conv), entry.tile)
     return result
+
+
+def networks_of(traced: TracedModel, calls: Sequence[Call]) -> Networks:
+    """The dense and the pruned network on the inputs."""
+    if set(traced.units) == {""}:
+        return Frontier(traced.units[""], traced.calls[""], calls)
+    return Replay(traced.model, calls)
 
 
 def _nothing() -> None:
@@ -105,7 +114,7 @@ def fit_site(
     U = transform_weight(conv.weight, entry.tile)  # [p*p, n, c]
     if choose:
         entry = choose_keep(entry, U.float(), MeasuredEnergy(moments))
-    fitted = refit(moments, U, entry.keep)
+    fitted = (refit if entry.winograd else refit_filters)(moments, U, entry.keep)
     return entry, SiteRefit.pack(fitted.U, fitted.bias, entry.keep, fitted.steps), fitted.error
 
 

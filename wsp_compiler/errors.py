@@ -52,3 +52,15 @@ class PlanError(WspError, ValueError):
 
 class CompiledModuleError(WspError, RuntimeError):
     """An operation that a compiled module cannot carry out (dtype change, training, ...)."""
+
+
+class BudgetError(WspError, ValueError):
+    """A budget (pr over all layers, target_latency, max_drop) cannot be met; the message names what can."""
+
+
+class EvaluationError(WspError, RuntimeError):
+    """The user's eval_fn raised, or returned something that is no finite number."""
+
+
+class SearchError(WspError, RuntimeError):
+    """A search cannot go on: its state belongs to another search, or one of its processes has failed."""

@@ -6,6 +6,7 @@ pass of each network. What is kept is bounded: batches beyond the limit start ag
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,29 @@ class Frontier:
         if kept + standing.bytes <= self._kept_bytes:
             self._standing[pruned, index] = standing
         return checked(value, path, index, output=output)
+
+    def finish(self, path: str, index: int, value: Tensor) -> Any:
+        number = self._first[path]
+        standing = self._standing.get((False, index), _Standing())
+        if standing.position > number + 1:
+            standing = _Standing()
+        # the rest of the graph may write into what it reads, and other layers still need that
+        copied = _Standing(
+            standing.position,
+            dict(zip(standing.values, copy.deepcopy(list(standing.values.values())), strict=True)),
+        )
+        call = on_device(self._calls[index], self._device, self._dtype)
+        node, last = self._nodes[number], len(self._nodes) - 1
+        try:
+            with torch.no_grad():
+                if copied.position <= number:
+                    self._advance(copied, call, number, pruned=False, output=True)
+                if node in copied.values:
+                    shape = copied.values[node].shape
+                    copied.values[node] = value.to(copied.values[node].dtype).view(shape)
+                return self._advance(copied, call, last, pruned=False, output=True)
+        except Exception as error:  # the model's own operators
+            raise failure(call, index, error) from error
 
     def _advance(self, standing: _Standing, call: Call, number: int, *, pruned: bool, output: bool) -> Tensor:
         interpreter = self._interpreters[pruned]

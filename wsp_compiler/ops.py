@@ -44,6 +44,11 @@ class WinogradSite(nn.Module):
         super().__init__()
         self.register_buffer("keep", keep)
 
+    @property
+    def by_element(self) -> bool:
+        """True if neither whole rows nor whole columns are kept: the layer is stored in full, with zeros."""
+        return self.keep.shape[1] > 1 and self.keep.shape[2] > 1
+
     def fill(self, U: Tensor, bias: Tensor | None) -> None:
         """Store the kept part of U [p*p, n, c] (float64) and the bias [n] (zeros if None)."""
         positions, n, c = U.shape
@@ -52,6 +57,7 @@ class WinogradSite(nn.Module):
         weight: list[Tensor] = []
         for k in range(positions):  # what nothing is removed from is not copied
             part = U[k][row_keep[k]] if by_row else U[k]
+            part = part * self.keep[k].to(part.device) if self.by_element else part
             part = part[:, column_keep[k]] if by_column else part
             weight.append(part.float().reshape(-1))
         self.register_buffer("weight", torch.cat(weight))
@@ -62,6 +68,8 @@ class WinogradSite(nn.Module):
         """Store which rows and columns of [p*p, n, c] are kept; returns both as bool, [p*p, n] and [p*p, c]."""
         positions, n, c = shape
         keep = self.keep.to(device)
+        if self.by_element:
+            keep = torch.ones((1, 1, 1), dtype=torch.bool, device=device)
         by_column = keep.shape[1] == 1 and keep.shape[2] == c and c > 1
         row_keep = (keep[:, :, 0] if not by_column else keep[:, :1, 0] | True).expand(positions, n)
         column_keep = (keep[:, 0, :] if by_column else keep[:, 0, :1] | True).expand(positions, c)

@@ -12,12 +12,15 @@ from typing import Any, cast
 
 from wsp_compiler.errors import OptionError, RuleError
 
-METHODS = ("wsp", "bwsp", "fp", "dense")
+METHODS = ("wsp", "bwsp", "fp", "wwp", "dense")
+METHOD_CHOICES = (*METHODS, "abwsp")
+"""What a network can be given: "abwsp" chooses among "wsp" and "bwsp" for each layer."""
+PR_SCOPES = ("global", "layer")
 DIRECTIONS = ("row", "column")
 TILES = (2, 4)
 TILE_CHOICES = (*TILES, "auto")
 TUNE_LEVELS = ("off", "fast", "full")
-IMPORTANCES = ("output", "l2", "l1", "fpgm")
+IMPORTANCES = ("output", "l2", "l1", "fpgm", "hrank")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
@@ -37,6 +40,35 @@ def _check_pruning_ratio(pr: Any, *, where: str = "compile") -> None:
             f"pruning ratio pr={pr!r} is not a number in [0, 1)",
             where=where,
             fix="give the share of Winograd weights to remove, for example pr=0.8",
+        )
+
+
+def _check_budgets(options: CompileOptions) -> None:
+    """pr_scope, target_latency and max_drop: their values, and that at most one says how much is pruned."""
+    if options.pr_scope is not None:
+        _check_choice("pr_scope", options.pr_scope, PR_SCOPES)
+    limits = {"target_latency": options.target_latency, "max_drop": options.max_drop}
+    examples = {"target_latency": "2.5 (milliseconds)", "max_drop": "0.3 (in eval_fn's own unit)"}
+    for name, value in limits.items():
+        if value is None:
+            continue
+        least = 0.0 if name == "max_drop" else math.ulp(0.0)
+        is_number = isinstance(value, numbers.Real) and not isinstance(cast("object", value), bool)
+        if not is_number or not math.isfinite(value) or value < least:
+            raise OptionError(
+                f"{name}={value!r} is not a {'number of at least 0' if least == 0 else 'positive number'}",
+                where="compile",
+                fix=f"for example {name}={examples[name]}",
+            )
+    if options.target_latency is not None and options.max_drop is not None:
+        raise OptionError(
+            "target_latency and max_drop both say how much is pruned", where="compile", fix="give one of them"
+        )
+    if options.pr_scope == "layer" and (options.target_latency is not None or options.max_drop is not None):
+        raise OptionError(
+            "pr_scope='layer' prunes every layer alike, which target_latency and max_drop do not",
+            where="compile",
+            fix="leave out pr_scope",
         )
 
 
@@ -104,11 +136,12 @@ class CompileOptions:
 
     Args:
         pr: share of the Winograd weights removed in each layer, in [0, 1).
-        method: "wsp", "bwsp", "fp" or "dense" (Winograd, nothing pruned; ``pr`` is ignored).
-        direction: "row" or "column" of each position's matrix (not used by "fp" and "dense").
+        method: "wsp", "bwsp", "fp", "wwp", "dense" (Winograd, nothing pruned; ``pr`` is ignored) or "abwsp" ("wsp" or
+            "bwsp" for each layer).
+        direction: "row" or "column" of each position's matrix (not used by "fp", "wwp" and "dense").
         tile: output tile side m of F(m x m, 3x3), 2 or 4, or "auto": the faster of both where times are known.
         importance: how units are scored: "output" (energy in the layer's output) "l2" (the paper's),
-            "l1" or "fpgm" (distance from the geometric median).
+            "l1", "fpgm" (distance from the geometric median) or "hrank" (rank of feature maps; filters and calibration only).
         rules: per-layer overrides.
         precision: arithmetic inside the Winograd layers, or None to follow the model.
         channel_threshold: layers with fewer input or output channels are left alone unless a rule names them.
@@ -116,13 +149,17 @@ class CompileOptions:
             consecutive filters (the largest divisor of n up to it); None picks what fits the kernels.
         keep_slower: lower layers also where the vendor's dense convolution is known to be faster.
         tune: "off", "fast" or "full": how much is measured where no times are known.
+        pr_scope: "global": ``pr`` holds for all layers together; "layer": for each; None: for each, unless compile
+            is given calibration data.
+        target_latency: milliseconds of the whole network; ``pr`` is not read.
+        max_drop: of the user's eval_fn; ``pr`` is not read.
 
     Raises:
         OptionError: a value is out of its range.
     """
 
     pr: float = 0.8
-    method: str = "bwsp"
+    method: str = "abwsp"
     direction: str = "row"
     tile: int | str = 2
     importance: str = "output"
@@ -132,10 +169,14 @@ class CompileOptions:
     block: int | None = None
     keep_slower: bool = False
     tune: str = "off"
+    pr_scope: str | None = None
+    target_latency: float | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         _check_pruning_ratio(self.pr)
-        _check_choice("method", self.method, METHODS)
+        _check_choice("method", self.method, METHOD_CHOICES)
+        _check_budgets(self)
         _check_choice("direction", self.direction, DIRECTIONS)
         _check_choice("tile", self.tile, TILE_CHOICES)
         _check_choice("tune", self.tune, TUNE_LEVELS)
@@ -147,6 +188,14 @@ class CompileOptions:
                 fix="use True or False",
             )
         _check_choice("importance", self.importance, IMPORTANCES)
+        methods = {self.method, *(rule.method for rule in self.rules if rule.method is not None)}
+        if self.importance == "hrank" and not methods <= {"fp", "dense"}:
+            raise OptionError(
+                "importance='hrank' scores filters alone, not what "
+                f"method={min(methods - {'fp', 'dense'})!r} removes",
+                where="compile",
+                fix="use method='fp', or another importance",
+            )
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
         threshold = cast("object", self.channel_threshold)

@@ -26,9 +26,11 @@ from wsp_compiler.refits import NormStatistics, SiteRefit
 from wsp_compiler.site_plan import SitePlan, site_from_json, site_to_json
 from wsp_compiler.sites import ConvSite, unsupported
 from wsp_compiler.speed import SiteTimes, SpeedSource
-from wsp_compiler.winograd import transform_weight
+from wsp_compiler.winograd import remember_transforms, transform_weight
 
 JSON_VERSION = 1
+BALANCE_GAIN = 1.02
+"""Balanced rows keep less of a layer's output than rows under one threshold: not for less than 2% of its time."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,14 @@ def choose_keep(entry: SitePlan, U: Tensor, importance: Importance) -> SitePlan:
     return replace(entry, keep=pattern.keep(U, entry.pr, entry.direction, importance).cpu())
 
 
-def _candidates(
+def site_candidates(
     path: str, conv: nn.Conv2d, rule: PruneRule | None, options: CompileOptions
 ) -> tuple[SitePlan, ...]:
-    """What a convolution can become: one SitePlan, or one per tile where the tile is to be chosen."""
+    """What a convolution can become: one SitePlan, or one per pattern and tile where these are to be chosen."""
     method = (rule and rule.method) or options.method
+    if method == "abwsp":
+        both = [replace(options, method=each) for each in ("bwsp", "wsp")]
+        return tuple(entry for each in both for entry in site_candidates(path, conv, rule, each))
     direction = (rule and rule.direction) or options.direction
     pr = options.pr if rule is None or rule.pr is None else rule.pr
     tile = (rule and rule.tile) or options.tile
@@ -237,17 +242,20 @@ def plan_times(
 def _fastest(
     candidates: tuple[SitePlan, ...], site: ConvSite, conv: nn.Conv2d, speed: SpeedSource | None
 ) -> tuple[SitePlan, SiteTimes]:
-    """The candidate with the shortest known time; the first if none is known."""
+    """The candidate with the shortest known time; the first if none is known. Balance has to gain something."""
     times = [site_times(entry, site, conv, speed) for entry in candidates]
+    mixed = len({entry.method for entry in candidates}) > 1
 
     def microseconds(index: int) -> float:
         timing = times[index].pruned
-        return math.inf if timing is None else timing.us
+        handicap = BALANCE_GAIN if mixed and candidates[index].method == "bwsp" else 1.0
+        return math.inf if timing is None else timing.us * handicap
 
     best = min(range(len(candidates)), key=microseconds)
     return candidates[best], times[best]
 
 
+@remember_transforms()
 def make_plan(
     sites: tuple[ConvSite, ...],
     convolutions: Mapping[str, nn.Conv2d],
@@ -281,9 +289,10 @@ def make_plan(
             plan.left_alone[site.path] = reason
             continue
         conv = convolutions[site.path]
-        entry, times = _fastest(_candidates(site.path, conv, rule, options), site, conv, speed)
+        entry, times = _fastest(site_candidates(site.path, conv, rule, options), site, conv, speed)
         plan.times[site.path] = times
-        if times.slower and not options.keep_slower:
+        # filters may leave the network, which settle_filters decides
+        if times.slower and not options.keep_slower and entry.method != "fp":
             plan.left_alone[site.path] = f"the dense convolution is faster: {times.text()}"
             continue
         plan.sites[site.path] = entry

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
+
+from wsp_compiler.filters.shrink import Shrunk
 from wsp_compiler.passes.base import PassRecord
 from wsp_compiler.plan import PruningPlan
+from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import ConvSite
 from wsp_compiler.speed import SiteTimes, Timing
 from wsp_compiler.winograd import count_multiplies
@@ -59,13 +65,17 @@ def site_rows(
     plan: PruningPlan,
     times: Mapping[str, SiteTimes] | None = None,
     kernels: Mapping[str, str] | None = None,
+    shrunk: Shrunk | None = None,
 ) -> list[tuple[str, ...]]:
     """One row of :data:`HEADER` cells for every convolution; see :func:`format_report`."""
-    times, kernels = times or {}, kernels or {}
+    times, kernels, shrunk = times or {}, kernels or {}, shrunk or Shrunk(plan)
     rows: list[tuple[str, ...]] = []
     for site in sites:
         known = site.input_shapes[0] if site.input_shapes else None
-        shape = f"{site.filters}x{site.channels} @ " + (f"{known[-2]}x{known[-1]}" if known else "?")
+        size = shrunk.sizes.get(site.path, (site.filters, site.channels))
+        shape = f"{size[0]}x{size[1]}"
+        shape += f" (of {site.filters}x{site.channels})" if site.path in shrunk.sizes else ""
+        shape += " @ " + (f"{known[-2]}x{known[-1]}" if known else "?")
         shape = shape if site.filters else "-"  # a functional convolution
         name = site.path or "(the model)"
         if not _is_lowered(site, plan):
@@ -74,20 +84,23 @@ def site_rows(
             both = ("-", "-") if seen is None else (_us(seen.pruned), _us(seen.dense))
             rows.append((name, shape, "left alone", *["-"] * 8, *both, why))
             continue
-        entry, known_times = plan[site.path], times.get(site.path, SiteTimes(None, None))
+        known_times = times.get(site.path, SiteTimes(None, None))
+        entry = _what_is_left(plan[site.path], shrunk)
         direct = winograd = kept = 0
         for batch, height, width in site.output_sizes:
             counted = count_multiplies(
                 batch, (site.filters, site.channels), (height, width), entry.tile, entry.kept_weights
             )
-            direct, winograd, kept = direct + counted.direct, winograd + counted.winograd, kept + counted.kept
+            now = counted.direct * size[0] * size[1] // (site.filters * site.channels)
+            now = counted.kept if entry.winograd else now
+            direct, winograd, kept = direct + counted.direct, winograd + counted.winograd, kept + now
         counts = tuple(_count(value) if known else "?" for value in (direct, winograd, kept))
         decision = "Winograd" if entry.method == "dense" else "pruned"
-        tile = f"F({entry.tile}x{entry.tile})"
-        kernel = kernels.get(site.path, "?").partition(" ")[0]
+        tile = f"F({entry.tile}x{entry.tile})" if entry.winograd else "-"
+        kernel = kernels.get(site.path, "?").partition(" ")[0] if entry.winograd else "vendor"
         why = f"the dense convolution would be faster: {known_times.text()}" if known_times.slower else ""
         both = (_us(known_times.pruned), _us(known_times.dense))
-        fraction = f"{entry.kept_fraction:.4f}"
+        fraction = f"{entry.kept_weights / math.prod(plan[site.path].shape):.4f}"
         rows.append(
             (
                 name,
@@ -104,6 +117,14 @@ def site_rows(
             )
         )
     return rows
+
+
+def _what_is_left(entry: SitePlan, shrunk: Shrunk) -> SitePlan:
+    """The entry of the smaller convolution, where pruned filters or channels have left it."""
+    if entry.path in shrunk.plan or entry.path not in shrunk.sizes:
+        return shrunk.plan.get(entry.path, entry)
+    shape = (entry.shape[0], *shrunk.sizes[entry.path])
+    return replace(entry, keep=torch.ones((1, 1, 1), dtype=torch.bool), shape=shape)
 
 
 def _error(plan: PruningPlan, path: str) -> str:
@@ -129,6 +150,19 @@ def _accuracy_lines(lowered: Sequence[str], plan: PruningPlan) -> list[str]:
             "accuracy: compile with calibration=, or fine-tune what wsp_compiler.prune returns"
         )
     return lines
+
+
+def _filter_lines(shrunk: Shrunk) -> list[str]:
+    """How many convolutions got smaller, and why pruned filters are still there."""
+    lines: list[str] = []
+    if shrunk.sizes:
+        lines.append(f"{len(shrunk.sizes)} convolutions are smaller without the channels of pruned filters")
+    by_reason: dict[str, list[str]] = {}
+    for path, why in shrunk.reasons.items():
+        by_reason.setdefault(why, []).append(path or "the model")
+    return lines + [
+        f"pruned filters of {', '.join(sorted(paths))} stay in place: {why}" for why, paths in by_reason.items()
+    ]
 
 
 def _speed_lines(lowered: Sequence[str], times: Mapping[str, SiteTimes]) -> list[str]:
@@ -158,22 +192,26 @@ def format_report(
     notes: Sequence[str] = (),
     times: Mapping[str, SiteTimes] | None = None,
     kernels: Mapping[str, str] | None = None,
+    shrunk: Shrunk | None = None,
 ) -> str:
     """The text of :meth:`wsp_compiler.CompiledModule.report`.
 
     Multiplies are per call on the shapes last seen (all calls of a shared convolution together): direct
     convolution, dense Winograd, and with the kept weights. ``times`` are both times of each convolution as the plan
-    knew them, in microseconds per call; ``kernels`` says what was chosen to run it.
+    knew them, in microseconds per call; ``kernels`` says what was chosen to run it; ``shrunk`` what became of the plan
+    once pruned filters had left the network.
     """
-    times, kernels = times or {}, kernels or {}
+    times, kernels, shrunk = times or {}, kernels or {}, shrunk or Shrunk(plan)
     lowered = [plan[site.path] for site in sites if _is_lowered(site, plan)]
     total = sum(entry.shape[0] * entry.shape[1] * entry.shape[2] for entry in lowered)
-    kept = sum(entry.kept_weights for entry in lowered)
-    lines = [format_table(HEADER, site_rows(sites, plan, times, kernels)), ""]
-    lines.append(f"{len(lowered)} of {len(sites)} convolutions run as Winograd; multiplies are per call")
+    kept = sum(_what_is_left(entry, shrunk).kept_weights for entry in lowered)
+    winograd = sum(_what_is_left(entry, shrunk).winograd for entry in lowered)
+    lines = [format_table(HEADER, site_rows(sites, plan, times, kernels, shrunk)), ""]
+    lines.append(f"{winograd} of {len(sites)} convolutions run as Winograd; multiplies are per call")
     if total:
         lines.append(f"kept {kept} of {total} Winograd weights: achieved pr = {1 - kept / total:.4f}")
     paths = [site.path for site in sites if _is_lowered(site, plan)]
+    lines += _filter_lines(shrunk)
     lines += _accuracy_lines(paths, plan)
     lines += _speed_lines(paths, times)
     lines += [f"kernel of {path or 'the model'}: {kernels[path]}" for path in sorted(kernels)]
@@ -182,6 +220,7 @@ def format_report(
     for record in records:
         unit = f" ({record.unit})" if record.unit else ""
         declined = f", {len(record.rewrites.declined)} declined" if record.rewrites.declined else ""
-        lines.append(f"pass {record.name}{unit}: {record.rewrites.count} rewrites{declined}")
+        said = "".join(f"; {note}" for note in record.rewrites.notes)
+        lines.append(f"pass {record.name}{unit}: {record.rewrites.count} rewrites{declined}{said}")
     lines.extend(notes)
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from wsp_compiler.codegen.layer import WinogradLayer
 from wsp_compiler.codegen.targets import CodeTarget
 from wsp_compiler.cuda_graph import CudaGraphs
 from wsp_compiler.errors import CompiledModuleError, InputError
+from wsp_compiler.filters.shrink import Shrunk
 from wsp_compiler.inductor import InductorUnit
 from wsp_compiler.passes.base import (
     CONV2D,
@@ -32,6 +33,7 @@ from wsp_compiler.passes.base import (
 )
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.sites import ConvSite
+from wsp_compiler.sparse_layer import SparseLayer
 from wsp_compiler.speed import SiteTimes
 from wsp_compiler.trace import SITE
 from wsp_compiler.vendor_conv import VendorConv
@@ -56,7 +58,7 @@ def _layer(
     target: CodeTarget,
     precision: str | None,
     dtypes: Mapping[str, torch.dtype],
-) -> WinogradLayer:
+) -> WinogradLayer | SparseLayer:
     """The launcher for an output_transform or winograd_conv2d node."""
     given = arguments(output)
     _, site = site_of(gm, output)
@@ -65,11 +67,16 @@ def _layer(
         owner, _, name = str(given["slope"].target).rpartition(".")
         slope = getattr(gm.get_submodule(owner), name)
     path = str(output.meta.get(SITE, output.name))
+    padding = (given["padding"][0], given["padding"][1])
+    if site.by_element:
+        return SparseLayer(
+            path, site, slope, padding, given["tile"], given["activation"], given["channels_last"], dtypes.get(path)
+        )
     return WinogradLayer(
         path=path,
         site=site,
         slope=slope,
-        padding=(given["padding"][0], given["padding"][1]),
+        padding=padding,
         tile=given["tile"],
         activation=given["activation"],
         channels_last=given["channels_last"],
@@ -140,7 +147,7 @@ def emit(
         count += 1
         return new
 
-    layers: list[WinogradLayer] = []
+    layers: list[nn.Module] = []
     handles: list[int] = []
     for node in list(graph.nodes):
         if is_op(node, WINOGRAD_CONV2D):
@@ -172,6 +179,8 @@ def emit(
             if any(given[name] != first[name] for name in ("x", "padding", "tile")):
                 continue
             layer, x = _layer(gm, node, target, precision, dtypes), first["x"]
+            if isinstance(layer, SparseLayer):
+                continue
             new_V = call(V, Stage(layer, "input_transform"), (x,))
             new_M = call(M, Stage(layer, "sparse_bgemm"), (new_V, x))
             call(node, Stage(layer, "output_transform"), (new_M, x, given["residual"]))
@@ -187,13 +196,14 @@ def emit(
 
 @dataclass(frozen=True)
 class CompilationRecord:
-    """What a compilation decided and did, for the report."""
+    """What a compilation decided and did, for the report; ``shrunk`` says which convolutions got smaller."""
 
     sites: tuple[ConvSite, ...]
     plan: PruningPlan
     untraced: Mapping[str, str] = field(default_factory=dict[str, str])
     passes: tuple[PassRecord, ...] = ()
     times: Mapping[str, SiteTimes] = field(default_factory=dict[str, SiteTimes])
+    shrunk: Shrunk | None = None
 
 
 class CompiledModule(nn.Module):
@@ -257,6 +267,11 @@ class CompiledModule(nn.Module):
                 seen.add(id(module))
                 yield module
 
+    def sparse_layers(self) -> Iterable[SparseLayer]:
+        """Every launcher of a library's sparse product (method "wwp"), in model order."""
+        found = (module for module in self.executable.modules() if isinstance(module, SparseLayer))
+        return {id(layer): layer for layer in found}.values()
+
     def report(self) -> str:
         """A text table: every convolution with its decision, pattern and multiplies, or the reason."""
         shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -265,14 +280,18 @@ class CompiledModule(nn.Module):
             if layer.last_shape is not None:
                 shapes.setdefault(layer.path, []).append(layer.last_shape)
             notes += [f"{layer.path}: {note}" for note in layer.notes]
+        for sparse in self.sparse_layers():
+            if sparse.last_shape is not None:
+                shapes.setdefault(sparse.path, []).append(sparse.last_shape)
         sites = [
             replace(site, input_shapes=tuple(shapes[site.path])) if site.path in shapes else site
             for site in self.record.sites
         ]
         kernels = {layer.path: layer.choices[-1].candidate.label for layer in self.layers() if layer.choices}
+        kernels |= {layer.path: layer.label for layer in self.sparse_layers()}
         record = self.record
         return report.format_report(
-            sites, self.plan, record.untraced, record.passes, notes, record.times, kernels
+            sites, self.plan, record.untraced, record.passes, notes, record.times, kernels, record.shrunk
         )
 
     def kernel_source(self, path: str) -> str:

@@ -15,7 +15,7 @@ from wsp_compiler.errors import PlanError
 from wsp_compiler.options import DIRECTIONS, METHODS, TILES
 from wsp_compiler.winograd import transform
 
-UNDIRECTED = ("dense", "fp")
+UNDIRECTED = ("dense", "fp", "wwp")
 """Methods to which "row" and "column" mean nothing."""
 
 
@@ -28,8 +28,10 @@ class SitePlan:
         method, direction, tile: pattern and output tile side; direction is "row" where it has no meaning.
         pr: the share that was asked for.
         block: rows are balanced within groups of so many filters; None: within each position (or not at all).
-        keep: bool, broadcastable to [p*p, n, c], True = kept, in the original filter order.
+        keep: bool, broadcastable to [p*p, n, c], True = kept, in the original filter order. Whole rows or whole
+            columns, but for method "wwp", which keeps single elements.
         shape: (p*p, n, c).
+        winograd: False for method "fp" where the vendor's library runs the kept filters as a smaller convolution.
     """
 
     path: str
@@ -40,6 +42,7 @@ class SitePlan:
     keep: Tensor
     shape: tuple[int, int, int]
     block: int | None = None
+    winograd: bool = True
 
     def __post_init__(self) -> None:
         fault = self._fault()
@@ -64,10 +67,12 @@ class SitePlan:
         ):
             found = f"{self.keep.dtype} {list(self.keep.shape)}"
             return f"keep is {found}, not bool and broadcastable to {list(self.shape)}"
-        if 1 not in self.keep.shape[1:]:
+        if self.method != "wwp" and 1 not in self.keep.shape[1:]:
             return f"keep {list(self.keep.shape)} has neither whole rows nor whole columns"
         if self.block is not None and (self.block < 1 or self.shape[1] % self.block):
             return f"groups of {self.block} filters do not divide {self.shape[1]}"
+        if not self.winograd and self.method != "fp":
+            return f"method {self.method!r} has no other form than Winograd"
         return None if bool(self.keep.any()) else "it keeps nothing"
 
     @property
@@ -83,7 +88,7 @@ class SitePlan:
 
     @property
     def pattern(self) -> str:
-        """Short name as in the papers: dense, FP, WSP-R, BWSP-C, ...; BWSP-R/128 balances groups of 128 filters."""
+        """Short name as in the papers: dense, FP, WWP, WSP-R, BWSP-C, ...; BWSP-R/128 balances groups of 128 filters."""
         if self.method == "dense":
             return "dense"
         suffix = "" if self.method in UNDIRECTED else f"-{self.direction[0].upper()}"
@@ -109,6 +114,7 @@ def site_to_json(site: SitePlan) -> dict[str, Any]:
         "pr": site.pr,
         "shape": list(site.shape),
         "block": site.block,
+        "winograd": site.winograd,
         "keep_shape": list(site.keep.shape),
         "keep": base64.b64encode(bits.tobytes()).decode("ascii"),
     }
@@ -126,4 +132,5 @@ def site_from_json(entry: dict[str, Any]) -> SitePlan:
     return SitePlan(
         str(entry["path"]), str(entry["method"]), str(entry["direction"]), int(entry["tile"]),
         float(entry["pr"]), keep, (p2, n, c), None if entry.get("block") is None else int(entry["block"]),
+        bool(entry.get("winograd", True)),
     )  # fmt: skip

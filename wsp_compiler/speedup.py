@@ -5,9 +5,10 @@ Balanced speedup of a layer = time(WSP) / time(BWSP) at the same pruning ratio (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+import torch
 from torch import nn
 
 from wsp_compiler.codegen.plan_speed import PlanSpeed
@@ -17,8 +18,8 @@ from wsp_compiler.errors import CompiledModuleError, ModelError
 from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.plan import make_plan, site_times
 from wsp_compiler.site_plan import SitePlan
-from wsp_compiler.sites import collect_sites
-from wsp_compiler.speed import MODEL
+from wsp_compiler.sites import ConvSite, collect_sites
+from wsp_compiler.speed import MODEL, SpeedSource
 from wsp_compiler.trace import check_model, trace
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def balanced_speedup(
     rules: Iterable[PruneRule] = (),
     precision: str | None = None,
     tune: str = "fast",
+    importance: str = "output",
 ) -> dict[str, BalancedSpeedup]:
     """Time(WSP) / time(BWSP) of every eligible layer on the model's device.
 
@@ -73,6 +75,7 @@ def balanced_speedup(
         example_inputs: as for :func:`wsp_compiler.compile`; they give the layers' shapes.
         tile, direction, block, rules, precision: as for :func:`wsp_compiler.compile`; ``method`` in rules is ignored.
         tune: "fast" and "full" measure what is not known yet, "off" asks records and the cost model alone.
+        importance: which rows or columns are kept, as for :func:`wsp_compiler.compile`; the paper's is "l2".
 
     Returns:
         Module path -> times and ratio; layers whose time is unknown are left out. Where one of the two was never
@@ -84,22 +87,47 @@ def balanced_speedup(
     model = check_model(model)
     device, convolutions = _device_and_convolutions(model)
     sites = collect_sites(trace(model, example_inputs))
-    tuner = Tuner(resolve_target(None, device), tune)
-    speed = PlanSpeed(tuner, precision)
-    modelled = PlanSpeed(Tuner(tuner.target, "off", tuner.schedules, model_only=True), precision)
+    sources = speed_sources(None, device, precision, tune)
     plain = tuple(
         PruneRule(rule.match, None, rule.direction, rule.pr, rule.tile, rule.skip, rule.block)
         for rule in rules
     )
     entries: dict[str, list[SitePlan]] = {}
     for method in ("wsp", "bwsp"):
-        options = CompileOptions(pr, method, direction, tile, rules=plain, precision=precision, block=block)
+        options = CompileOptions(
+            pr, method, direction, tile, importance, rules=plain, precision=precision, block=block
+        )
         for path, entry in make_plan(sites, convolutions, options).items():
             entries.setdefault(path, []).append(entry)
+    pairs = {path: (pair[0], pair[1]) for path, pair in entries.items()}
+    return compare_pairs(pairs, sites, convolutions, sources)
+
+
+def speed_sources(
+    target: Any, device: torch.device, precision: str | None, tune: str
+) -> tuple[SpeedSource, SpeedSource]:
+    """(times as known or measured, times of the cost model alone) on what a user's ``target`` means on ``device``."""
+    tuner = Tuner(resolve_target(target, device), tune)
+    modelled = Tuner(tuner.target, "off", tuner.schedules, model_only=True)
+    return PlanSpeed(tuner, precision), PlanSpeed(modelled, precision)
+
+
+def compare_pairs(
+    pairs: Mapping[str, tuple[SitePlan, SitePlan]],
+    sites: Iterable[ConvSite],
+    convolutions: Mapping[str, nn.Conv2d],
+    sources: tuple[SpeedSource, SpeedSource],
+) -> dict[str, BalancedSpeedup]:
+    """Times of layers pruned in two ways, (WSP, BWSP), from :func:`speed_sources`.
+
+    Returns:
+        Module path -> times and ratio; layers whose time is unknown are left out. Where one of the two was never
+        measured, both are the cost model's: times of one layer always compare with each other.
+    """
     by_path = {site.path: site for site in sites}
     found: dict[str, BalancedSpeedup] = {}
-    for path, pair in entries.items():
-        for source in (speed, modelled):
+    for path, pair in pairs.items():
+        for source in sources:
             wsp, bwsp = (
                 site_times(entry, by_path[path], convolutions[path], source, dense=False).pruned
                 for entry in pair
@@ -107,7 +135,7 @@ def balanced_speedup(
             if (
                 wsp is not None
                 and bwsp is not None
-                and (MODEL in (wsp.source, bwsp.source)) == (source is modelled)
+                and (MODEL in (wsp.source, bwsp.source)) == (source is sources[1])
             ):
                 found[path] = BalancedSpeedup(wsp_us=wsp.us, bwsp_us=bwsp.us, ratio=wsp.us / bwsp.us)
                 break

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -55,6 +54,12 @@ class PlannedInterpreter(fx.Interpreter):
         return super().run_node(n)
 
 
+class Check(Protocol):
+    """What :func:`make_check` returns."""
+
+    def __call__(self, gm: fx.GraphModule, name: str, plan: PruningPlan = ...) -> None: ...
+
+
 def _to_double(value: Any) -> Any:
     def convert(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -64,7 +69,7 @@ def _to_double(value: Any) -> Any:
 
 def make_check(
     gm: fx.GraphModule, plan: PruningPlan, inputs: tuple[Any, ...]
-) -> Callable[[fx.GraphModule, str], None]:
+) -> Check:
     """A check for :func:`wsp_compiler.passes.run_pipeline`.
 
     Args:
@@ -73,11 +78,12 @@ def make_check(
         inputs: values of the graph's placeholders.
 
     Returns:
-        check(gm, pass name), which raises :class:`PassError` if the graph's float64 output has changed.
+        check(gm, pass name), which raises :class:`PassError` if the graph's float64 output has changed. It takes the
+        plan that fits the graph as ``plan`` if that is another one.
     """
     inputs = _to_double(inputs)
 
-    def outputs(graph_module: fx.GraphModule, name: str) -> list[Tensor]:
+    def outputs(graph_module: fx.GraphModule, name: str, plan: PruningPlan) -> list[Tensor]:
         double = copy.deepcopy(graph_module).double()
         try:
             result = run_apart(PlannedInterpreter(double, plan).run, inputs, {})
@@ -85,10 +91,10 @@ def make_check(
             raise _changed(name, f"the graph fails in float64: {type(error).__name__}: {error}") from error
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    expected = outputs(gm, "none, the traced graph")
+    expected = outputs(gm, "none, the traced graph", plan)
 
-    def check(graph_module: fx.GraphModule, name: str) -> None:
-        actual = outputs(graph_module, name)
+    def check(gm: fx.GraphModule, name: str, plan: PruningPlan = plan) -> None:
+        actual = outputs(gm, name, plan)
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
             shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
             raise _changed(name, f"changed the outputs' shapes from {shapes[0]} to {shapes[1]}")

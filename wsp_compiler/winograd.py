@@ -17,8 +17,12 @@ infinity) for F(2x2, 3x3), 0, 1, -1, 2, -2 (and infinity) for F(4x4, 3x3).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
+import weakref
+from collections.abc import Generator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -71,6 +75,28 @@ def transform(tile: int) -> WinogradTransform:
     return WinogradTransform(tile=tile, BT=_nested(BT), G=_nested(G), AT=_nested(AT))
 
 
+@dataclass
+class _Recent:
+    """The weight that was transformed last, and what became of it."""
+
+    weight: weakref.ref[Tensor] | None = None
+    version: int = 0
+    transformed: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+_recent: ContextVar[_Recent | None] = ContextVar("recent", default=None)
+
+
+@contextlib.contextmanager
+def remember_transforms() -> Generator[None]:
+    """Inside, :func:`transform_weight` keeps the results for the weight that it was given last."""
+    token = _recent.set(_Recent())
+    try:
+        yield
+    finally:
+        _recent.reset(token)
+
+
 def transform_weight(weight: Tensor, tile: int) -> Tensor:
     """U = G g G^T of every filter, in float64.
 
@@ -79,8 +105,19 @@ def transform_weight(weight: Tensor, tile: int) -> Tensor:
         tile: output tile side m.
 
     Returns:
-        [p*p, n, c] float64.
+        [p*p, n, c] float64, not to be written to: it may be shared (:func:`remember_transforms`).
     """
+    recent = _recent.get()
+    if recent is None or weight.is_inference():
+        return _transformed(weight, tile)
+    if recent.weight is None or recent.weight() is not weight or recent.version != weight._version:
+        recent.weight, recent.version, recent.transformed = weakref.ref(weight), weight._version, {}
+    if tile not in recent.transformed:
+        recent.transformed[tile] = _transformed(weight, tile)
+    return recent.transformed[tile]
+
+
+def _transformed(weight: Tensor, tile: int) -> Tensor:
     G = transform(tile).tensor("G", torch.float64, weight.device)  # [p, 3]
     filters = weight.detach().double().reshape(-1, FILTER_SIDE**2)  # [n * c, 9]
     U = torch.kron(G, G) @ filters.T  # [p*p, n * c], three times as fast as an einsum over G and G

@@ -16,26 +16,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsp_compiler.winograd import tile_grid, transform
+from wsp_compiler.winograd import FILTER_SIDE, tile_grid, transform
 
 
-def tile_filters(U: Tensor, tile: int) -> Tensor:
+def tile_combination(tile: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """[m*m, p*p, p*p]: how output o of a tile depends on patch element q through position k, indexed [o, k, q]."""
+    matrices = transform(tile)
+    p = matrices.input_side
+    AT = matrices.tensor("AT", torch.float64)  # [m, p]
+    BT = matrices.tensor("BT", torch.float64)  # [p, p]
+    left = torch.einsum("ai,bj->abij", AT, AT).reshape(tile * tile, p * p, 1)
+    right = torch.einsum("ih,jw->ijhw", BT, BT).reshape(p * p, p * p)
+    return (left * right).to(device, dtype)
+
+
+def tile_filters(U: Tensor, tile: int, combination: Tensor | None = None) -> Tensor:
     """The filters W that compute whole output tiles.
 
     Args:
         U: [p*p, n, c] Winograd weights, zeros where pruned; differentiable.
         tile: output tile side m.
+        combination: :func:`tile_combination` of U's dtype and device, for callers that keep it; made here if None.
 
     Returns:
         [n*m*m, c, p, p] of U's dtype, the m*m outputs of a filter next to each other.
     """
-    matrices = transform(tile)
-    p, (n, c) = matrices.input_side, U.shape[1:]
-    AT = matrices.tensor("AT", U.dtype, U.device)  # [m, p]
-    BT = matrices.tensor("BT", U.dtype, U.device)  # [p, p]
-    left = torch.einsum("ai,bj->abij", AT, AT).reshape(tile * tile, p * p)
-    right = torch.einsum("ih,jw->ijhw", BT, BT).reshape(p * p, p * p)
-    W = torch.einsum("ok,knc,kq->nocq", left, U, right)  # [n, m*m, c, p*p]
+    p, (n, c) = tile + FILTER_SIDE - 1, U.shape[1:]
+    if combination is None:
+        combination = tile_combination(tile, U.dtype, U.device)
+    W = torch.einsum("okq,knc->nocq", combination, U)  # [n, m*m, c, p*p]
     return W.reshape(n * tile * tile, c, p, p)
 
 

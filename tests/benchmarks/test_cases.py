@@ -1,6 +1,16 @@
 import pytest
 
-from benchmarks.cases import CASES, GROUPS, RESNET18, SUPERRES, TWELVE_JOBS, VGG16, known_names, select
+from benchmarks.cases import (
+    CASES,
+    GROUPS,
+    NETWORKS,
+    RESNET18,
+    SUPERRES,
+    TWELVE_JOBS,
+    VGG16,
+    known_names,
+    select,
+)
 
 
 def test_groups_hold_the_shapes_of_their_networks() -> None:
@@ -11,8 +21,31 @@ def test_groups_hold_the_shapes_of_their_networks() -> None:
     assert GROUPS["eight"] == (*RESNET18, *VGG16)
 
 
+def test_networks_are_the_rest_of_vgg16_and_the_denoiser() -> None:
+    import torch
+    import torchvision
+
+    from examples.denoiser import Denoiser
+    from wsp_compiler import find_sites
+
+    def shapes(model: torch.nn.Module, x: torch.Tensor) -> set[tuple[int, ...]]:
+        sites = find_sites(model.eval(), x)
+        return {
+            (s.channels, s.filters, *s.input_shapes[0][2:]) for s in sites if min(s.channels, s.filters) >= 16
+        }
+
+    with torch.device("meta"):
+        vgg = torchvision.models.vgg16(weights=None).features
+    small = shapes(vgg.to_empty(device="cpu"), torch.zeros(1, 3, 32, 32))
+    sides = {32: 224, 16: 112, 8: 56, 4: 28, 2: 14}
+    wanted = {(c, n, sides[h], sides[w]) for c, n, h, w in small}
+    wanted |= shapes(Denoiser(middle_layers=1), torch.zeros(1, 1, 512, 512))
+    known = (*VGG16, *NETWORKS)
+    assert {(case.channels_in, case.channels_out, case.height, case.width) for case in known} == wanted
+
+
 def test_case_names_are_unique() -> None:
-    assert len(CASES) == len(RESNET18) + len(VGG16) + len(SUPERRES)
+    assert len(CASES) == len(RESNET18) + len(VGG16) + len(SUPERRES) + len(NETWORKS)
     assert len(set(known_names())) == len(known_names())
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import relative_l2
 from benchmarks.cpu_exports import layers_of, to_ncnn, to_onnx
 from benchmarks.cpu_peers import ncnn_network, onnx_runtime, openvino, result
+from benchmarks.errors import relative_l2
 
 from ..reference import randomise
 

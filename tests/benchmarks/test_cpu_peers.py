@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.accuracy import relative_l2
 from benchmarks.conv_baselines import FORMATS, variants
 from benchmarks.cpu_peers import makers, result
+from benchmarks.errors import relative_l2
 
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx"), "ncnn": ("ncnn",)}
 

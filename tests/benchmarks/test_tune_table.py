@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,26 @@ from torch import Tensor
 
 from benchmarks import tune_table
 from benchmarks.cases import CASES
-from benchmarks.tune_table import Builders, Job, kept, main, make_jobs, make_site, make_spec, pick, summary
-from wsp_compiler.codegen import measure
+from benchmarks.tune_table import (
+    Builders,
+    Job,
+    earlier_best,
+    main,
+    make_jobs,
+    make_site,
+    make_spec,
+    neighbours_best,
+    pick,
+    prepare,
+)
+from wsp_compiler.codegen import cuda_launch, measure
+from wsp_compiler.codegen.candidates import Candidate
+from wsp_compiler.codegen.cuda_fused_launch import DeviceLimits
 from wsp_compiler.codegen.layer import make_layer
 from wsp_compiler.codegen.schedule_keys import layer_key
 from wsp_compiler.codegen.schedule_records import VENDOR, Record
 from wsp_compiler.codegen.schedules import Schedules, load_table
+from wsp_compiler.codegen.spec import FusedConfig
 from wsp_compiler.codegen.targets import CodeTarget, cpu_target
 from wsp_compiler.codegen.tuner import Tuner
 
@@ -75,14 +90,13 @@ def test_the_default_is_picked_and_some_by_chance(tmp_path: Path) -> None:
     assert pick(tuner, key, candidates, 99, seed=1) == candidates
 
 
-def test_what_ships_has_the_fastest_and_a_sample(tmp_path: Path) -> None:
-    key = layer_key(make_spec(JOB), make_site(JOB), 2, cpu_target())
-    records = [Record(key, "cpu", {"i": i}, 100.0 - i) for i in range(20)]
-    records += [Record(key, "cpu", {"i": i}, None, "no") for i in range(20, 30)]
-    found = list(kept(records, 4))
-    assert [r.us for r in found[:4]] == [81.0, 82.0, 83.0, 84.0]
-    assert [r.us for r in found[4:8]] == [85.0, 89.0, 93.0, 97.0]
-    assert [r.us for r in found[8:]] == [None, None]
+def test_threads_are_part_of_a_job() -> None:
+    jobs = make_jobs([(CASES["512@7"], 1)], ["fp32"], [2], [0.8, 0.0], [2, 1])
+    assert [(job.pr, job.threads) for job in jobs] == [(0.8, 2), (0.8, 1), (0.0, 2), (0.0, 1)]
+    tuner = Tuner(cpu_target(), "off", Schedules(None, None))
+    builders = Builders(cpu_target(), 1)
+    assert [prepare(job, tuner, builders, 2).key.threads for job in jobs[:2]] == [2, 1]
+    assert jobs[1].name == "512@7 N=1 fp32 F2 pr=0.8 threads=1"
 
 
 def test_a_run_writes_a_table_and_goes_on_where_it_stopped(
@@ -157,5 +171,38 @@ def test_workers_report_what_does_not_build() -> None:
     assert builders.pool is None
 
 
-def test_summary_of_nothing() -> None:
-    assert "layer" in summary([])
+def test_neighbours_at_other_ratios_come_with_the_layers_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 filters at pr=0.8 keep 13 rows and want 16; at pr=0.6 two groups of 32 keep 13 each."""
+    limits = DeviceLimits(132, 227 * 1024, 228 * 1024)
+    monkeypatch.setattr(cuda_launch, "device_limits", lambda index: limits)
+    job = replace(JOB, case=CASES["64@56"], precision="fp16", batch=32)
+    target = CodeTarget(torch.device("cuda", 0), "sm_90", 0)
+    spec, site = make_spec(job), make_site(job)
+    layer, key = make_layer(spec, site, None, target), layer_key(spec, site, 32, cpu_target())
+    config = FusedConfig(tile=2, tiles=16, groups=1, rows=32)
+    other = replace(key, rows=(key.rows[0] + 8, key.rows[1] + 16))
+    records = [
+        Record(other, "fused", asdict(config), 20.0),
+        Record(other, "fused", {"knob": "of another version"}, 1.0),
+        Record(replace(other, height=28), "fused", asdict(replace(config, tiles=8)), 1.0),
+        Record(key, "fused", asdict(replace(config, tiles=8)), 1.0),
+    ]
+    (found,) = neighbours_best(records, key, layer)
+    assert found == Candidate("fused", replace(config, rows=16))
+
+
+def test_an_earlier_versions_best_are_measured_again() -> None:
+    spec, site = make_spec(JOB), make_site(JOB)
+    target = cpu_target()
+    key = layer_key(spec, site, 1, target)
+    candidates = make_layer(spec, site, None, target).candidates(1)
+    old = [
+        Record(replace(key, generator="old"), c.kind, c.knobs(), us)
+        for c, us in zip(candidates, (3.0, 1.0, 2.0), strict=False)
+    ]
+    found = earlier_best(
+        [*old, Record(replace(key, batch=7), candidates[3].kind, candidates[3].knobs(), 0.5)], key
+    )
+    assert found == [candidates[1], candidates[2], candidates[0]]
+    tuner = Tuner(target, "off", Schedules(None, None))
+    assert pick(tuner, key, candidates, 3, 1, found[:1])[0] == candidates[1]

@@ -17,6 +17,7 @@ import torch
 from wsp_compiler.codegen import build as module
 from wsp_compiler.codegen import cache
 from wsp_compiler.codegen.build import BuiltKernel, build, generator_hash, lower, versions
+from wsp_compiler.codegen.cpu_threads import uses_openmp
 from wsp_compiler.codegen.targets import CodeTarget, cpu_target
 from wsp_compiler.codegen.tvm_import import T
 
@@ -52,7 +53,10 @@ def run(kernel: BuiltKernel) -> float:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty kernel cache, on disk and in the process."""
+    """An empty kernel cache, on disk and in the process; what is known of the machine is known already."""
+    for cpu in (None, "generic" if os.uname().machine == "aarch64" else "x86-64"):
+        cpu_target(cpu)
+    uses_openmp()
     monkeypatch.setenv("WSP_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(module, "_loaded", {})
     return tmp_path / "kernels"

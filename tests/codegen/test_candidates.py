@@ -84,7 +84,7 @@ def test_every_cpu_candidate_computes_the_same() -> None:
     target = cpu_target()
     layer = CpuLayer(case.spec, case.site, None, target)
     candidates = layer.candidates(1)
-    assert [c.config for c in candidates] == cpu_candidates(case.spec, case.site, target.lanes)
+    assert [c.config for c in candidates] == cpu_candidates(case.spec, case.site, target.lanes, target.dot)
     assert candidates[0].config == layer.config
     assert len(candidates) >= 4
     expected = case.truth("output")

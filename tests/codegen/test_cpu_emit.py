@@ -10,9 +10,9 @@ from torch import Tensor
 
 from wsp_compiler.codegen import cpu_emit
 from wsp_compiler.codegen.build import _load, _object_file, lower
-from wsp_compiler.codegen.cpu_emit import B, IRBuilder, load, pieces, shuffle, store, transpose, view
+from wsp_compiler.codegen.cpu_emit import B, load, pieces, shuffle, store, transpose, view
 from wsp_compiler.codegen.targets import cpu_target
-from wsp_compiler.codegen.tvm_import import T
+from wsp_compiler.codegen.tvm_import import IRBuilder, T
 from wsp_compiler.winograd import transform as winograd_transform
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import wsp_compiler
 from wsp_compiler.codegen import cpu_threads
-from wsp_compiler.codegen.cpu_emit import B, IRBuilder, store, view, wide
+from wsp_compiler.codegen.cpu_emit import B, store, view, wide
 from wsp_compiler.codegen.targets import cpu_target
-from wsp_compiler.codegen.tvm_import import T
+from wsp_compiler.codegen.tvm_import import IRBuilder, T
 
 needs_openmp = pytest.mark.skipif(not cpu_threads.uses_openmp(), reason="PyTorch without GNU OpenMP")
 

@@ -48,6 +48,24 @@ def test_vector_lanes(cpu: str, lanes: int):
 
 
 @x86
+def test_dot_products_need_the_model_and_the_machine(monkeypatch: pytest.MonkeyPatch):
+    def machine(has: bool, capability: str = "AVX512") -> None:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        targets.has_dot.cache_clear()
+
+    try:
+        machine(True)
+        assert [targets.has_dot(cpu) for cpu in ("znver4", "znver3", "x86-64-v4")] == [True, False, False]
+        machine(False)
+        assert not targets.has_dot("znver4")
+        machine(True, "AVX2")
+        assert not targets.has_dot("znver4")
+    finally:
+        targets.has_dot.cache_clear()
+
+
+@x86
 def test_unknown_cpus_are_refused_with_near_names():
     with pytest.raises(TargetError, match=r"(?s)no CPU 'znver44'.*near names:.*znver4"):
         cpu_target("znver44")

@@ -77,6 +77,18 @@ def test_a_photo_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPat
         photos.load("camera")
 
 
+def test_photos_can_lie_in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    (tmp_path / "camera.png").write_bytes(photos.photo_path("camera").read_bytes())
+    expected = photos.load("camera")
+    monkeypatch.setenv(photos.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(photos, "optional_package_folder", lambda name: pytest.fail(f"looked for {name}"))
+    assert torch.equal(photos.load("camera"), expected)
+    with pytest.raises(FileNotFoundError, match=r"coffee.*wsp_compiler\[examples\]"):
+        photos.load("coffee")
+    with pytest.raises(ValueError, match="lena"):
+        photos.load("lena")
+
+
 def test_a_missing_package_is_an_error_that_says_how_to_install_it():
     with pytest.raises(ModuleNotFoundError, match=r"no_such_package.*wsp_compiler\[examples\]"):
         optional_module("no_such_package")

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.pruning.test_moments import moments
 from wsp_compiler.pruning.base import UNIT_DIMS
+from wsp_compiler.pruning.moments import white_gram
 from wsp_compiler.pruning.output_aware import MeasuredEnergy, output_energy, relative_error
 from wsp_compiler.winograd import transform_weight
 from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
@@ -53,3 +54,13 @@ def test_positions_are_not_alike() -> None:
     assert len(scores.unique()) > 1
     assert float(scores.max() / scores.min()) > 3
     assert relative_error(torch.ones(16, 2, 3), torch.ones(1, 1, 1, dtype=torch.bool), 2) == 0
+
+
+def test_many_filters_are_measured_in_parts_and_stay_as_they_are() -> None:
+    U = transform_weight(torch.randn(75, 5, 3, 3), 2)
+    keep, before = torch.rand(16, 75, 1) < 0.5, U.clone()
+    lost, whole = ((U * ~keep).flatten(1), U.flatten(1))
+    gram = white_gram(2, U.device)
+    expected = (((lost @ lost.T) * gram).sum() / ((whole @ whole.T) * gram).sum()) ** 0.5
+    assert relative_error(U, keep, 2) == pytest.approx(float(expected), rel=1e-9)
+    assert torch.equal(U, before)

@@ -28,6 +28,8 @@ from wsp_compiler.codegen.tvm_import import tvm
 from wsp_compiler.errors import BuildError
 
 _lock = threading.RLock()
+"""TVM's parser and pass context are not thread safe; the compiler of CUDA text is."""
+_building: dict[tuple[Any, ...], threading.Lock] = {}
 _loaded: dict[tuple[Any, ...], BuiltKernel] = {}
 
 
@@ -39,10 +41,16 @@ class BuiltKernel:
     text: Callable[[], str]
 
 
+@cache
 def versions() -> str:
     """Versions that a cached kernel depends on."""
     names = ("apache-tvm", "apache-tvm-ffi", "apache-tvm-ffi-orcjit")
     return ",".join(f"{name}={version(name)}" for name in names)
+
+
+def target_name(target: CodeTarget) -> str:
+    """All that :func:`tvm_target` depends on."""
+    return f"cuda {target.arch}, host {host_cpu()}" if target.is_cuda else f"llvm {target.arch}"
 
 
 def tvm_target(target: CodeTarget) -> Any:
@@ -118,14 +126,13 @@ def _object_file(module: Any) -> bytes:
 
 
 def _load(entry: dict[str, bytes], name: str) -> Any:
-    import tvm_ffi
     import tvm_ffi_orcjit
 
     with openmp_loops():
         module = tvm_ffi_orcjit.default_session().load_module(entry["object"])
-    if "cubin" in entry:
-        metadata = tvm_ffi.get_global_func("runtime.LoadMetaDataFromJSON")(entry["launch"].decode())
-        create = tvm_ffi.get_global_func("ffi.Module.create.cuda")
+    if "cubin" in entry:  # functions of TVM's runtime for CUDA, which importing tvm loads
+        metadata = tvm.get_global_func("runtime.LoadMetaDataFromJSON")(entry["launch"].decode())
+        create = tvm.get_global_func("ffi.Module.create.cuda")
         module.import_module(create(entry["cubin"], "cubin", metadata, {}))
     return module.get_function(name)
 
@@ -173,10 +180,12 @@ def build(
     known = (make, arguments, name, target)
     if known in _loaded:
         return _loaded[known]
-    with _lock:  # TVM's parser and pass context are not thread safe
+    with _lock:
+        own = _building.setdefault(known, threading.Lock())
+    with own:  # one thread builds a kernel, several build different ones
         if known not in _loaded:
             _loaded[known] = _build(lambda: make(*arguments), name, target, make, arguments)
-        return _loaded[known]
+    return _loaded[known]
 
 
 def _build(
@@ -189,23 +198,26 @@ def _build(
     compiler = choose_compiler() if target.is_cuda else "llvm"
     source = generator_hash(inspect.getfile(generator))
     kind = f"{generator.__qualname__}{arguments!r}"
-    key = cache_key(name, source, kind, str(tvm_target(target)), versions(), compiler)
+    key = cache_key(name, source, kind, target_name(target), versions(), compiler)
     entry = load(key)
     symbol = None
     if entry is not None:
         try:
-            symbol = _load(entry, name)
+            with _lock:
+                symbol = _load(entry, name)
         except Exception:  # a stale or foreign entry: rebuild it
             entry = None
     if entry is None or symbol is None:
-        lowered = lower(make(), name, target)
-        entry = {"object": _object_file(lowered.host)}
+        with _lock:
+            lowered = lower(make(), name, target)
+            entry = {"object": _object_file(lowered.host)}
         if target.is_cuda:
             entry["text"] = lowered.cuda_text.encode()
             entry["launch"] = lowered.launch.encode()
             entry["cubin"] = compile_cuda(lowered.cuda_text, target.arch, compiler)
         store(key, entry)
-        symbol = _load(entry, name)
+        with _lock:
+            symbol = _load(entry, name)
     text = entry.get("text")
 
     def generated() -> str:

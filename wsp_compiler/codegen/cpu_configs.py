@@ -34,17 +34,21 @@ def choose_gap(spec: KernelSpec, lanes: int) -> int:
     return int(round_up(TH * (TW + 1), half) <= 1.125 * round_up(TH * TW, half))
 
 
-def default_config(spec: KernelSpec, lanes: int, kept: Sequence[int]) -> CpuConfig:
-    """The configuration for positions with ``kept`` rows each, if nothing was measured."""
+def default_config(spec: KernelSpec, lanes: int, kept: Sequence[int], dot: bool = False) -> CpuConfig:
+    """The configuration for positions with ``kept`` rows each, if nothing was measured.
+
+    ``dot``: the CPU has bfloat16 dot products. Pruned columns do not come in pairs and are multiplied one by one.
+    """
     rows, vectors = min(
         register_blocks(lanes), key=lambda block: (block_cost(*block, kept), -block[0] * block[1])
     )
-    return CpuConfig(lanes=lanes, rows=rows, vectors=vectors, gap=choose_gap(spec, lanes))
+    pairs = dot and spec.precision == "bf16" and not spec.columns_pruned
+    return CpuConfig(lanes=lanes, rows=rows, vectors=vectors, gap=choose_gap(spec, lanes), dot=pairs)
 
 
-def cpu_configs(spec: KernelSpec, lanes: int, kept: Sequence[int]) -> list[CpuConfig]:
+def cpu_configs(spec: KernelSpec, lanes: int, kept: Sequence[int], dot: bool = False) -> list[CpuConfig]:
     """Configurations worth measuring; the default one first."""
-    default = default_config(spec, lanes, kept)
+    default = default_config(spec, lanes, kept, dot)
     found = [default]
     blocks = sorted(
         register_blocks(lanes), key=lambda block: (block_cost(*block, kept), -block[0] * block[1])

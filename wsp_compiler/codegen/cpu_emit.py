@@ -6,16 +6,12 @@ be parsed on a first call. ``B`` is the builder; every function here adds to the
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wsp_compiler.codegen.tvm_import import T
+from wsp_compiler.codegen.tvm_import import B, T
 from wsp_compiler.winograd import Matrix
-
-B: Any = importlib.import_module("tvm.tirx.script.builder")
-IRBuilder: Any = importlib.import_module("tvm.script.ir_builder").IRBuilder
 
 Expression = Any
 Buffer = Any

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wsp_compiler.codegen.cpu_dot import dot
 from wsp_compiler.codegen.cpu_emit import B, Buffer, Expression, let, load, quotient, registers, splat, store
 from wsp_compiler.codegen.cpu_geometry import POSITION_PADDING, Geometry
 from wsp_compiler.codegen.tvm_import import T
@@ -19,7 +20,7 @@ class GemmStage:
 
     Attributes:
         geometry: see there.
-        U: packed kept rows, [block][column][rows].
+        U: packed kept rows, [block][column][rows], or [block][pair of columns][rows] of words.
         block_position: int32 [blocks]; block_start: int64 [blocks], a block's first element of U.
         column_offset: int32 [p*p + 1], kept columns before each position.
         V, M: see the geometry; ts: length of a tile line.
@@ -44,7 +45,7 @@ class GemmStage:
             depth = let(self.column_offset[k + 1] - self.column_offset[k])
             first_row = let(self.column_offset[k] + k)  # every position has one more row, for pruned columns
         else:
-            depth, first_row = spec.channels, let(k * spec.channels)
+            depth, first_row = self.geometry.depth, let(k * self.geometry.depth)
         V0 = let(first_row * self.ts + k * POSITION_PADDING)
         M0 = let(block * config.rows * self.ts)
         whole = let(quotient(tiles, wide_block))
@@ -69,7 +70,7 @@ class GemmStage:
         vectors: int,
         lanes: int,
     ) -> None:
-        rows = self.geometry.config.rows
+        rows, pairs = self.geometry.config.rows, self.geometry.config.dot
         q = let(q)
         sums = registers(rows * vectors, lanes)
         for i in range(rows * vectors):
@@ -81,7 +82,10 @@ class GemmStage:
                 weight = splat(load(self.U, u + i, 1), lanes)
                 for v in range(vectors):
                     at = i * vectors + v
-                    B.buffer_store(sums, sums[at] + weight * tiles[v], [at])
+                    product = (
+                        dot(sums[at], tiles[v], weight, lanes) if pairs else sums[at] + weight * tiles[v]
+                    )
+                    B.buffer_store(sums, product, [at])
         for i in range(rows):
             for v in range(vectors):
                 store(self.M, M0 + i * self.ts + q + v * lanes, sums[i * vectors + v], lanes)

@@ -6,7 +6,8 @@ line, tile row after tile row, each row followed by ``gap`` unused tiles; vector
 ====== ========================= ============================================================================
 S      [m][planes][channel][..]  input pixels of a channel block, planar: pixel (m*a + i, m*b + j - padding) of
                                  plane (i, j) at a * row + b; zeros outside the image
-V      [position][channel][ts]   transformed input; ts is the padded length of the tile line
+V      [position][channel][ts]   transformed input; ts is the padded length of the tile line; with dot products
+                                 [position][pair of channels][ts], words of two bfloat16 values
 M      [kept row][ts]            products; one more row, of zeros, stands for all pruned rows
 ====== ========================= ============================================================================
 
@@ -53,9 +54,19 @@ class Geometry:
         return self.spec.tile if self.config.gap else self.spec.winograd.input_side
 
     @property
+    def word(self) -> int:
+        """Channels in one 32-bit word of U and V."""
+        return 2 if self.config.dot else 1
+
+    @property
+    def depth(self) -> int:
+        """Rows of V in each position, unless columns are pruned."""
+        return -(-self.spec.channels // self.word)
+
+    @property
     def channel_block(self) -> int:
         """Channels that are staged together."""
-        return self.config.lanes if self.spec.input_channels_last else 1
+        return self.config.lanes if self.spec.input_channels_last else self.word
 
     @property
     def channel_blocks(self) -> int:

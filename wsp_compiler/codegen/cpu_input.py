@@ -7,8 +7,10 @@ it loads, adds and stores whole vectors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from wsp_compiler.codegen.cpu_dot import pair
 from wsp_compiler.codegen.cpu_emit import (
     B,
     Buffer,
@@ -76,18 +78,17 @@ class InputStage:
         def whole() -> None:
             self._stage_block(base + wide(block * size), top, lines)
 
-        def single(count: int) -> None:
+        def single(count: Expression) -> None:
             with B.serial(count) as channel:
                 self._stage_channel(
                     let(base + wide(block * size + channel) * self.strides[1]), channel, top, lines
                 )
 
-        if size == 1:
-            single(1)
+        count = T.min(size, spec.channels - block * size) if rest else size
+        if not spec.input_channels_last or spec.channels < size:
+            single(count)
         elif rest == 0:
             whole()
-        elif spec.channels < size:
-            single(rest)
         else:
             with B.If(block < spec.channels // size):
                 with B.Then():
@@ -95,8 +96,17 @@ class InputStage:
                 with B.Else():
                     single(rest)
         first = let(of_slice * rows * geometry.row)
-        with B.serial(T.min(size, spec.channels - block * size) if rest else size) as channel:
-            self._transform(channel, let(block * size + channel), first, let(rows * geometry.row))
+        tiles = let(rows * geometry.row)
+        if not geometry.config.dot:
+            with B.serial(count) as channel:
+                self._transform(channel, let(block * size + channel), first, tiles)
+            return
+        row = let(quotient(block * size, 2))
+        with B.serial(quotient(count, 2)) as turn:
+            self._transform_pair(let(2 * turn), True, let(row + turn), first, tiles)
+        if spec.channels % 2:
+            with B.If(remainder(count, 2) == 1), B.Then():
+                self._transform_pair(let(count - 1), False, let(row + quotient(count, 2)), first, tiles)
 
     def _plane(self, i: Expression, j: int, channel: Expression) -> Expression:
         """Where a channel's plane (i, j) begins in S."""
@@ -210,15 +220,11 @@ class InputStage:
     ) -> None:
         """V of all ``tiles`` of a channel, written from ``first`` of the tile line on."""
         geometry, spec, ts = self.geometry, self.geometry.spec, self.ts
-        L, m, p = geometry.config.lanes, spec.tile, spec.winograd.input_side
+        L, p = geometry.config.lanes, spec.winograd.input_side
         rounds = spec.precision == "bf16"
-        planes = [[let(self._plane(i, j, channel)) for j in range(geometry.planes)] for i in range(m)]
+        planes = self._planes(channel)
         with B.serial(quotient(tiles + L - 1, L)) as vector:
             q = let(vector * L)
-
-            def read(i: int, j: int) -> Expression:
-                column, shift = (j % m, j // m) if geometry.config.gap else (j, 0)
-                return load(self.S, planes[i % m][column] + q + i // m * geometry.row + shift, L)
 
             def write(i: int, j: int, value: Expression) -> None:
                 k = i * p + j
@@ -230,4 +236,48 @@ class InputStage:
                 value = bfloat16_values(value, L) if rounds else value
                 store(self.V, row * ts + k * POSITION_PADDING + first + q, value, L)
 
-            transform(spec.winograd.BT, read, write, L)
+            transform(spec.winograd.BT, self._reader(planes, q), write, L)
+
+    def _transform_pair(
+        self, channel: Expression, both: bool, row: Expression, first: Expression, tiles: Expression
+    ) -> None:
+        """The same for two channels, as words of two bfloat16 values; without ``both`` the second one is zero.
+
+        The first channel's results wait in registers, or where the compiler puts them.
+        """
+        geometry, spec, ts = self.geometry, self.geometry.spec, self.ts
+        L, p = geometry.config.lanes, spec.winograd.input_side
+        even = self._planes(channel)
+        odd = self._planes(let(channel + 1)) if both else None
+        with B.serial(quotient(tiles + L - 1, L)) as vector:
+            q = let(vector * L)
+            waiting: dict[tuple[int, int], Expression] = {}
+
+            def wait(i: int, j: int, value: Expression) -> None:
+                waiting[i, j] = hold(value, L)
+
+            def write(i: int, j: int, value: Expression) -> None:
+                k = i * p + j
+                at = (k * geometry.depth + row) * ts + k * POSITION_PADDING + first + q
+                store(self.V, at, pair(waiting[i, j], value), L)
+
+            transform(spec.winograd.BT, self._reader(even, q), wait, L)
+            if odd is not None:
+                transform(spec.winograd.BT, self._reader(odd, q), write, L)
+            else:
+                for i, j in list(waiting):
+                    write(i, j, splat(0.0, L))
+
+    def _planes(self, channel: Expression) -> list[list[Expression]]:
+        planes, m = self.geometry.planes, self.geometry.spec.tile
+        return [[let(self._plane(i, j, channel)) for j in range(planes)] for i in range(m)]
+
+    def _reader(self, planes: list[list[Expression]], q: Expression) -> Callable[[int, int], Expression]:
+        """Loads pixel (i, j) of the tiles from ``q`` on."""
+        geometry, m, L = self.geometry, self.geometry.spec.tile, self.geometry.config.lanes
+
+        def read(i: int, j: int) -> Expression:
+            column, shift = (j % m, j // m) if geometry.config.gap else (j, 0)
+            return load(self.S, planes[i % m][column] + q + i // m * geometry.row + shift, L)
+
+        return read

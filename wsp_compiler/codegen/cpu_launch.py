@@ -29,7 +29,7 @@ from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
 
 _pool = threading.local()
-_packed: WeakKeyDictionary[WinogradSite, dict[tuple[int, str], CpuWeights]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[WinogradSite, dict[tuple[int, str, bool], CpuWeights]] = WeakKeyDictionary()
 
 
 def _use_threads(count: int) -> None:
@@ -85,16 +85,19 @@ class CpuLayer:
     def config(self) -> CpuConfig:
         """Register blocking chosen for the layer's kept rows."""
         kept = [int(count) for count in self.site.row_offset.diff()]
-        return default_config(self.spec, self.target.lanes, kept)
+        return default_config(self.spec, self.target.lanes, kept, self.target.dot)
 
     def candidates(self, tiles: int) -> list[Candidate]:
         """Every way to run the layer, whatever the number of tiles; the default first."""
-        configs = cpu_candidates(self.spec, self.site, self.target.lanes)
+        configs = cpu_candidates(self.spec, self.site, self.target.lanes, self.target.dot)
         return [Candidate("cpu", config) for config in configs]
 
     def accepts(self, candidate: Candidate) -> bool:
         """True if the candidate, perhaps of another layer of equal shape, runs this one."""
-        return isinstance(candidate.config, CpuConfig) and candidate.config.lanes == self.target.lanes
+        config = candidate.config
+        if not isinstance(config, CpuConfig):
+            return False
+        return (config.lanes, config.dot) == (self.target.lanes, self.config.dot)
 
     def use(self, candidate: Candidate, tiles: int) -> None:
         """Run this way. Only before the first call: threads may be running the layer after it."""
@@ -110,7 +113,7 @@ class CpuLayer:
     def weights(self) -> CpuWeights:
         """Packed weights, shared by the layer's kernels for other image sizes and epilogues."""
         packed = _packed.setdefault(self.site, {})
-        key = (self.config.rows, self.spec.precision)
+        key = (self.config.rows, self.spec.precision, self.config.dot)
         if key not in packed:
             packed[key] = pack_cpu(self.site, self.spec, self.config)
         return packed[key]
@@ -160,7 +163,9 @@ class CpuLayer:
 
     def _slicing(self, images: int, threads: int, split: str | None = None) -> Slicing:
         positions = self.spec.winograd.positions
-        columns = int(self.weights.column_offset[-1]) + (positions if self.spec.columns_pruned else 0)
+        columns = positions * self._geometry.depth
+        if self.spec.columns_pruned:
+            columns = int(self.weights.column_offset[-1]) + positions
         products = self.weights.blocks * self.config.rows + 1
         return cut(self._geometry, images, threads, columns, products, split)
 

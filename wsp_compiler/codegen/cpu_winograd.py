@@ -9,12 +9,13 @@ Geometry and layouts: :mod:`wsp_compiler.codegen.cpu_geometry`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from wsp_compiler.codegen.cpu_dot import instructions
 from wsp_compiler.codegen.cpu_emit import (
     B,
     Expression,
-    IRBuilder,
     bind,
     let,
     quotient,
@@ -30,7 +31,7 @@ from wsp_compiler.codegen.cpu_input import InputStage
 from wsp_compiler.codegen.cpu_output import OutputStage
 from wsp_compiler.codegen.expressions import STORAGE
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
-from wsp_compiler.codegen.tvm_import import T
+from wsp_compiler.codegen.tvm_import import IRBuilder, T
 
 ALL_STAGES = ("input", "gemm", "output")
 ADDRESSES = (
@@ -56,7 +57,8 @@ def make_cpu_kernel(
         B.func_name("winograd_cpu")
         B.func_attr({"tirx.noalias": True})
         given = {name: B.arg(name, T.int32() if name in NARROW else T.int64()) for name in PARAMETERS}
-        _Kernel(Geometry(spec, config), given, stages).emit(split)
+        with instructions() if config.dot else contextlib.nullcontext():
+            _Kernel(Geometry(spec, config), given, stages).emit(split)
     return builder.get()
 
 

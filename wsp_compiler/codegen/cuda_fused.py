@@ -79,7 +79,7 @@ def make_fused(spec: KernelSpec, config: FusedConfig) -> Any:
     TILE_GROUPS = max(g for g in range(1, WARPS // min(FB, WARPS) + 1) if PT % g == 0)
     PER_WARP = PT // TILE_GROUPS
     UNROLL = max(u for u in (1, 2, 3, 4) if PER_WARP % u == 0)
-    STEPS, AHEAD = PW * PAIRS, config.prefetch
+    STEPS, AHEAD, STRIP = PW * PAIRS, config.prefetch, config.strip
     element, mma = "uint16" if packed else "float32", MMA[spec.precision]
     narrow = f"cvt.rn.{'bf16x2' if spec.precision == 'bf16' else 'f16x2'}.f32"
     register, all_inside, all_covered = ops.dtype, (1 << 2 * p) - 1, (1 << m * m) - 1
@@ -135,8 +135,10 @@ def make_fused(spec: KernelSpec, config: FusedConfig) -> Any:
         if tid < P:  # where the tile's patch starts, which of its pixels exist, where its outputs go
             tile: T.let[T.int32] = first + tid
             image: T.let[T.int32] = T.truncdiv(tile, TH * TW)
-            top: T.let[T.int32] = T.truncdiv(T.truncmod(tile, TH * TW), TW) * m
-            left: T.let[T.int32] = T.truncmod(tile, TW) * m
+            band: T.let[T.int32] = T.truncdiv(T.truncmod(tile, TH * TW), STRIP * TW) * STRIP
+            in_band: T.let[T.int32] = T.truncmod(tile, STRIP * TW)
+            top: T.let[T.int32] = (band + T.truncmod(in_band, STRIP)) * m
+            left: T.let[T.int32] = T.truncdiv(in_band, STRIP) * m
             corner[tid] = ((image * H + top - pad_h) * W + left - pad_w) * c
             bits: T.int32 = 0
             cover: T.int32 = 0

@@ -119,6 +119,9 @@ def fused_candidates(
     words = spec.channels // pack
     group_counts = [g for g in range(1, min(16, spec.filters // 32) + 1) if spec.filters % (32 * g) == 0]
     slices = [width for width in (32, 16) if words % width == 0]
+    strips = [1, *[strip for strip in (7, 4, 2) if spec.tiles[0] % strip == 0][:1]]
+    if spec.tiles[0] < 7:  # vertical neighbours are in one block anyway
+        strips = [1]
     warp_counts, word_counts = ((4, 6, 12), (1, 2)) if spec.tile == 4 else ((4, 8, 16), (1, 2, 4))
     found: list[FusedConfig] = []
     for groups in group_counts:
@@ -133,7 +136,8 @@ def fused_candidates(
             if config is not None:
                 # Where blocks do not fill the SMs, those of the next kernel would double up on some of them.
                 full = -(-tiles // block) * groups >= 0.9 * limits.multiprocessors * config.blocks_per_sm
-                found.append(replace(config, dependent_launch=limits.dependent_launch and full))
+                config = replace(config, dependent_launch=limits.dependent_launch and full)
+                found += [replace(config, strip=strip) for strip in strips]
     return found
 
 
@@ -166,6 +170,7 @@ def fused_accepts(spec: KernelSpec, site: WinogradSite, config: FusedConfig, lim
         and shared * config.blocks_per_sm <= limits.shared_per_sm
         and rows_per_group(site, config.groups) <= config.rows
         and (limits.dependent_launch or not config.dependent_launch)
+        and spec.tiles[0] % config.strip == 0
     )
 
 

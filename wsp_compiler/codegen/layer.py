@@ -16,6 +16,7 @@ from wsp_compiler.codegen.targets import CodeTarget
 from wsp_compiler.codegen.tuner import Choice, Tuner
 from wsp_compiler.errors import InputError
 from wsp_compiler.ops import WinogradSite, apply_activation, suggest_channels_last
+from wsp_compiler.speed import CallFormat
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _choosing = threading.RLock()
@@ -180,6 +181,20 @@ class WinogradLayer(nn.Module):
             if choice.timing is not None:
                 layer.use(choice.candidate, batch * layer.spec.tiles_per_image)
             chosen[key, batch] = choice
+
+    def prebuild(self, call: CallFormat, residual: bool) -> None:
+        """Build the kernel that an input like that of ``call`` will want; nothing is run."""
+        batch, height, width = (call.shape[0] if len(call.shape) == 4 else 1), *call.shape[-2:]
+        last = self.channels_last or call.channels_last
+        precision = effective_precision(self.precision, call.dtype, self.target)
+        layer = self._build(
+            DTYPES[call.dtype], height, width, last, last, residual, self.activation, precision
+        )
+        assert isinstance(layer, CudaLayer)
+        if self.tuner is None:
+            layer.prepare(layer.candidates(batch * layer.spec.tiles_per_image)[0])
+        elif self.tuner.level == "off":  # else measuring builds what it needs
+            layer.prepare(self.tuner.choose(layer, batch).candidate)
 
     @property
     def choices(self) -> tuple[Choice, ...]:

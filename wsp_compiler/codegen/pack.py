@@ -29,8 +29,9 @@ class CpuWeights:
 
     Attributes:
         U: float32 [block][column][config.rows]; a block holds kept rows of one position, the last one zero padded.
+            With config.dot words of two bfloat16 values, [block][pair of columns][config.rows], zero padded too.
         block_position: int32 [blocks], the position of each block.
-        block_start: int64 [blocks], first element of each block in U.
+        block_start: int64 [blocks], first element (or word) of each block in U.
         column_offset: int32 [p*p + 1], kept columns before each position.
         column_row: int32 [p*p * c], row of V for a position and a channel; pruned ones share a spare row that every
             position has after its kept columns. Unused without column pruning.
@@ -68,7 +69,10 @@ def pack_cpu(site: WinogradSite, spec: KernelSpec, config: CpuConfig) -> CpuWeig
         kept, depth = U_k.shape
         packed = torch.zeros((kept_blocks[k] * size, depth), dtype=torch.float32)
         packed[:kept] = U_k
-        if spec.precision == "bf16":
+        if config.dot:
+            packed = torch.nn.functional.pad(packed, (0, depth % 2)).bfloat16().view(torch.float32)
+            depth = packed.shape[1]
+        elif spec.precision == "bf16":
             packed = packed.bfloat16().float()
         parts.append(packed.view(kept_blocks[k], size, depth).transpose(1, 2).reshape(-1))
         first = len(block_position) * size

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from wsp_compiler.codegen.layer import DTYPES, effective_precision, make_layer
+from wsp_compiler.codegen.measure import rotating_inputs
 from wsp_compiler.codegen.spec import KernelSpec
 from wsp_compiler.codegen.tuner import Tuner
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.sites import padding_of
-from wsp_compiler.speed import CallFormat, Timing, add_timings
+from wsp_compiler.sparse_layer import SparseLayer
+from wsp_compiler.speed import MEASURED, CallFormat, Timing, add_timings
 from wsp_compiler.winograd import transform_weight
 
 CANONICAL_EPILOGUE = "relu"
@@ -67,6 +69,8 @@ class PlanSpeed:
             return None
         device = self.tuner.target.device
         site = WinogradSite(keep.to(device))
+        if site.by_element:
+            return self._by_element(path, conv, site, tile, calls)
         if self.tuner.level == "off":  # how many weights there are says enough
             site.index(((tile + 2) ** 2, conv.out_channels, conv.in_channels), device)
             site.register_buffer("bias", torch.zeros(conv.out_channels, device=device))
@@ -78,6 +82,24 @@ class PlanSpeed:
             assert spec is not None
             layer = make_layer(spec, site, None, self.tuner.target)
             timings.append(self.tuner.choose(layer, _images(call)).timing)
+        return add_timings(timings)
+
+    def _by_element(
+        self, path: str, conv: nn.Conv2d, site: WinogradSite, tile: int, calls: Sequence[CallFormat]
+    ) -> Timing | None:
+        """A library's sparse product, of which no times are recorded: measured now, if anything may be."""
+        if self.tuner.level == "off":
+            return None
+        device = self.tuner.target.device
+        site.fill(transform_weight(conv.weight.to(device), tile), conv.bias)
+        layer = SparseLayer(path, site, None, padding_of(conv), tile, CANONICAL_EPILOGUE, False)
+        timings: list[Timing | None] = []
+        for call in calls:
+            shape = call.shape if len(call.shape) == 4 else (1, *call.shape)
+            inputs = rotating_inputs(shape, call.dtype, device, channels_last=True)
+            times, _ = self.tuner.measure({layer.label: layer}, {layer.label: inputs})
+            us = times.get(layer.label)
+            timings.append(None if us is None else Timing(us, MEASURED, layer.label))
         return add_timings(timings)
 
     def dense(self, path: str, conv: nn.Conv2d, calls: Sequence[CallFormat]) -> Timing | None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from wsp_compiler.codegen.cache import cache_key, load, store
 from wsp_compiler.codegen.schedule_records import LayerKey
 from wsp_compiler.codegen.spec import KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
@@ -75,11 +76,19 @@ def code_only(source: str) -> str:
 @cache
 def generator_digest(device_type: str) -> str:
     """Changes when the code of the kernel generators does; comments and formatting do not count."""
-    folder, digest = pathlib.Path(__file__).parent, hashlib.sha256()
-    for pattern in GENERATORS[device_type]:
-        for path in sorted(folder.glob(pattern)):
-            digest.update(f"{path.name}\0{code_only(path.read_text(encoding='utf-8'))}\0".encode())
-    return digest.hexdigest()[:16]
+    folder = pathlib.Path(__file__).parent
+    paths = [path for pattern in GENERATORS[device_type] for path in sorted(folder.glob(pattern))]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    key = cache_key("digest of", *(part for source in sources.items() for part in source))
+    entry = load(key)  # parsing takes long
+    if entry is not None and "digest" in entry:
+        return entry["digest"].decode()
+    digest = hashlib.sha256()
+    for name, source in sources.items():
+        digest.update(f"{name}\0{code_only(source)}\0".encode())
+    short = digest.hexdigest()[:16]
+    store(key, {"digest": short.encode()})
+    return short
 
 
 def vendor_version(target: CodeTarget) -> str:

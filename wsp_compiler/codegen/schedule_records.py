@@ -57,6 +57,9 @@ class LayerKey:
         return (self.height + 2 * self.padding[0] - 2, self.width + 2 * self.padding[1] - 2)
 
 
+_KEY_NAMES = tuple(entry.name for entry in dataclasses.fields(LayerKey))
+
+
 @dataclass(frozen=True)
 class Record:
     """One measurement: median ``us`` microseconds of a call, or the ``error`` that building or running raised."""
@@ -74,7 +77,8 @@ class Record:
     @property
     def identity(self) -> str:
         """Equal for two measurements of the same thing."""
-        return json.dumps([dataclasses.astuple(self.key), self.kind, self.knobs], sort_keys=True)
+        key = [getattr(self.key, name) for name in _KEY_NAMES]
+        return json.dumps([key, self.kind, self.knobs], sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

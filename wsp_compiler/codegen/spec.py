@@ -101,6 +101,7 @@ class CpuConfig:
         slice_bytes: transformed input that one thread works on at a time, to stay in its L2 cache.
         split: what threads divide between them: "slices" of tiles, "stages" (channels, rows, filters of one
             slice), or "auto", which decides by the number of tiles.
+        dot: U and V are words of two bfloat16 channels, for dot-product instructions; 16 lanes only.
     """
 
     lanes: int
@@ -109,6 +110,7 @@ class CpuConfig:
     gap: int = 1
     slice_bytes: int = 512 * 1024
     split: str = "auto"
+    dot: bool = False
 
     def __post_init__(self) -> None:
         if self.lanes not in (4, 8, 16) or not 1 <= self.vectors <= 8 or not 1 <= self.rows <= 32:
@@ -121,6 +123,8 @@ class CpuConfig:
             raise OptionError(
                 f"{self} is out of range", where="CpuConfig", fix="gap 0 or 1; split auto, slices or stages"
             )
+        if self.dot and self.lanes != 16:
+            raise OptionError(f"{self} is out of range", where="CpuConfig", fix="dot with 16 lanes only")
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,8 @@ class FusedConfig:
         prefetch: steps between the load of weights and their use.
         blocks_per_sm: thread blocks that registers are limited for.
         dependent_launch: start while the kernel before drains (programmatic dependent launch; sm_90 and later).
+        strip: tile rows that neighbouring tiles of a block walk through together, column by column; divides the
+            tile rows of an image.
     """
 
     tile: int
@@ -215,6 +221,7 @@ class FusedConfig:
     prefetch: int = 2
     blocks_per_sm: int = 1
     dependent_launch: bool = False
+    strip: int = 1
 
     def __post_init__(self) -> None:
         bad = self._fault()
@@ -228,8 +235,8 @@ class FusedConfig:
             return "every number at least 1, warps at most 32"
         if self.slice_words not in (16, 32) or self.words not in (1, 2, 4) or self.positions % self.warps:
             return "slice_words 16 or 32, words 1, 2 or 4, warps a divisor of the positions"
-        if not 1 <= self.prefetch <= 12:
-            return "prefetch 1 to 12"
+        if not 1 <= self.prefetch <= 12 or self.strip < 1:
+            return "prefetch 1 to 12, strip at least 1"
         if self.accumulators > 168 or self.threads * self.blocks_per_sm * (self.accumulators + 28) > 65536:
             return f"{self.accumulators} accumulators per thread do not fit the registers"
         if self.shared_bytes(packed=True) > 226 * 1024:

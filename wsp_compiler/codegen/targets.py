@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from wsp_compiler.codegen.cache import cache_key, load, store
 from wsp_compiler.errors import TargetError
 
 
@@ -21,11 +24,13 @@ class CodeTarget:
         device: where inputs live and kernels run.
         arch: CUDA architecture ("sm_90") or LLVM CPU name ("znver4").
         lanes: float32 values per CPU vector (0 on CUDA).
+        dot: the CPU has bfloat16 dot products (AVX512_BF16).
     """
 
     device: torch.device
     arch: str
     lanes: int
+    dot: bool = False
 
     @property
     def is_cuda(self) -> bool:
@@ -40,22 +45,72 @@ def _llvm() -> Any:
     return tvm.target.codegen
 
 
+def _machine() -> str | None:
+    """What tells this kind of CPU from others; None where the system does not say."""
+    names = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "stepping",
+        "flags",
+        "CPU implementer",
+        "CPU part",
+        "Features",
+    )
+    try:
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return None
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in names]
+    return "\n".join(lines) or None
+
+
+def _remembered(question: str, ask: Callable[[], str]) -> str:
+    """LLVM's answer, kept beside the kernels: asking takes importing TVM."""
+    machine = _machine()
+    if machine is None:
+        return ask()
+    key = cache_key("answer of LLVM", question, machine, version("apache-tvm"))
+    entry = load(key)
+    if entry is not None and "answer" in entry:
+        return entry["answer"].decode()
+    answer = ask()
+    store(key, {"answer": answer.encode()})
+    return answer
+
+
 @cache
 def host_cpu() -> str:
     """LLVM's name of this machine's CPU."""
-    return str(_llvm().llvm_get_system_cpu())
+    return _remembered("host", lambda: str(_llvm().llvm_get_system_cpu()))
+
+
+@cache
+def _has_feature(cpu: str, feature: str) -> bool:
+    def ask() -> str:
+        from wsp_compiler.codegen.tvm_import import tvm
+
+        target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+        return str(int(_llvm().target_has_features(feature, target)))
+
+    return _remembered(f"{cpu} {feature}", ask) == "1"
 
 
 @cache
 def vector_lanes(cpu: str) -> int:
     """float32 lanes of the widest vectors that LLVM's CPU model ``cpu`` has."""
-    from wsp_compiler.codegen.tvm_import import tvm
-
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
     for feature, lanes in (("avx512f", 16), ("avx2", 8)):
-        if _llvm().target_has_features(feature, target):
+        if _has_feature(cpu, feature):
             return lanes
     return 4
+
+
+@cache
+def has_dot(cpu: str) -> bool:
+    """True if LLVM's CPU model ``cpu`` and this machine have bfloat16 dot products of 16 lanes."""
+    found: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    here = usable_lanes() == 16 and found is not None and bool(found())
+    return here and _has_feature(cpu, "avx512bf16")
 
 
 def usable_lanes() -> int:
@@ -89,7 +144,7 @@ def cpu_target(cpu: str | None = None) -> CodeTarget:
                 fix=f"use {generic!r} or target='cpu'",
             )
         name, lanes = generic, usable_lanes()
-    return CodeTarget(torch.device("cpu"), name, lanes)
+    return CodeTarget(torch.device("cpu"), name, lanes, has_dot(name))
 
 
 def cuda_target(index: int | None = None, arch: str | None = None) -> CodeTarget:

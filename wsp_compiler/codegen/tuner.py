@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from wsp_compiler.codegen import measure as measuring
+from wsp_compiler.codegen.build_together import build_together
 from wsp_compiler.codegen.candidates import Candidate, candidate_from_knobs
 from wsp_compiler.codegen.cost_model import CostModel, fit, group_of
 from wsp_compiler.codegen.measure import Call, rotating_inputs
@@ -85,10 +87,11 @@ class Tuner:
 
     @property
     def model(self) -> CostModel:
-        """The cost model of the records known now."""
+        """The cost model of the records known now, of this architecture."""
         count = len(self.schedules.records)
         if self._model is None or self._model[0] != count:
-            self._model = (count, fit(self.schedules.records))
+            arch = arch_of(self.target)
+            self._model = (count, fit(record for record in self.schedules.records if record.key.arch == arch))
         return self._model[1]
 
     @property
@@ -219,6 +222,9 @@ class Tuner:
             label = f"{number} {candidate.label}"
             by_label[label] = candidate
             calls[label] = _call(layer, candidate, tiles, residual)
+        if self.target.is_cuda:
+            prepare: Callable[[Candidate], None] = cast("Any", layer).prepare
+            build_together([partial(prepare, candidate) for candidate in candidates])
         times, errors = self.measure(calls, dict.fromkeys(calls, inputs))
         records = [
             Record(key, c.kind, c.knobs(), times.get(label), errors.get(label, ""))

@@ -31,10 +31,12 @@ class Rewrites:
     Attributes:
         count: number of rewritten places.
         declined: (node or site, reason) of every place the pass looked at and left alone.
+        notes: what else the report should say of it, in a few words each.
     """
 
     count: int = 0
     declined: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -56,6 +56,9 @@ class ChooseKeep(PassBase):
             if path not in plan:
                 declined.append((path, plan.left_alone.get(path, "not in the plan")))
                 continue
+            if not plan[path].winograd:
+                declined.append((path, "its kept filters are left to the vendor's library"))
+                continue
             node.meta[SITE_PLAN] = plan[path]
             name = site_module_name(gm, path)
             if name not in dict(named_modules(gm)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from wsp_compiler.pruning.balanced import BalancedWinogradStructured
 from wsp_compiler.pruning.base import Pattern
 from wsp_compiler.pruning.dense import Dense
+from wsp_compiler.pruning.elements import WinogradWeights
 from wsp_compiler.pruning.filters import Filters
 from wsp_compiler.pruning.importance import IMPORTANCES
 from wsp_compiler.pruning.structured import WinogradStructured
@@ -15,6 +16,7 @@ from wsp_compiler.pruning.structured import WinogradStructured
 PATTERNS: dict[str, Pattern] = {
     "dense": Dense(),
     "fp": Filters(),
+    "wwp": WinogradWeights(),
     "wsp": WinogradStructured(),
     "bwsp": BalancedWinogradStructured(),
 }

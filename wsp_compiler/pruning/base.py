@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 Importance = Callable[[Tensor, tuple[int, ...]], Tensor]
-"""(U [p*p, n, c] float64, dims of one unit) -> score of every unit, the unit's dims kept with size 1."""
+"""(U [p*p, n, c] float64, dims of one unit) -> score of every unit, the unit's dims kept with size 1. No dims: every
+element is a unit."""
 
 UNIT_DIMS = {"row": (2,), "column": (1,)}
 """Dimensions of U that one unit spans: a row is U_k[f, :], a column is U_k[:, i]."""
@@ -37,6 +38,11 @@ class Pattern(Protocol):
             bool, broadcastable to [p*p, n, c], True = kept.
         """
         ...
+
+
+def over_units(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sums over the dims of a unit, which keep size 1; over none, where torch.sum would sum over all."""
+    return values.sum(dim=dims, keepdim=True) if dims else values
 
 
 def kept_count(units: int, pr: float) -> int:

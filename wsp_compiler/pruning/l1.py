@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from wsp_compiler.pruning.base import over_units
+
 
 def l1(U: Tensor, dims: tuple[int, ...]) -> Tensor:
     """L1 norm of every unit that spans ``dims`` of U [p*p, n, c]; those dims keep size 1."""
-    return U.abs().sum(dim=dims, keepdim=True)
+    return over_units(U.abs(), dims)

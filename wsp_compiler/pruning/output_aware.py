@@ -12,15 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wsp_compiler.pruning.base import over_units
 from wsp_compiler.pruning.moments import Moments, white_gram
 
 TILE_OF_POSITIONS = {16: 2, 36: 4}
+FILTERS_AT_A_TIME = 32
 
 
 def output_energy(U: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Energy in the output of every unit that spans ``dims`` of U [p*p, n, c], for inputs of white noise."""
     weights = white_gram(TILE_OF_POSITIONS[U.shape[0]], U.device).diagonal()  # [p*p]
-    return (U.double().square() * weights.view(-1, 1, 1)).sum(dim=dims, keepdim=True)
+    by_position = tuple(dim for dim in dims if dim != 0)  # one after the other: U may be large
+    scores = [over_units(U_k.double().square(), by_position) for U_k in U.split(1)]
+    return over_units(torch.cat(scores) * weights.view(-1, 1, 1), dims[:1] if 0 in dims else ())
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class MeasuredEnergy:
             energy = (torch.bmm(weights, grams) * weights).sum(2, keepdim=True)
             rest = tuple(dim for dim in dims if dim != 2)
             return energy.sum(dim=rest, keepdim=True) if rest else energy
-        return (weights.square() * grams.diagonal(dim1=1, dim2=2).unsqueeze(1)).sum(dim=dims, keepdim=True)
+        return over_units(weights.square() * grams.diagonal(dim1=1, dim2=2).unsqueeze(1), dims)
 
 
 def relative_error(U: Tensor, keep: Tensor, tile: int) -> float:
@@ -50,9 +54,12 @@ def relative_error(U: Tensor, keep: Tensor, tile: int) -> float:
         keep: bool, broadcastable to U.
         tile: output tile side m.
     """
-    gram = white_gram(tile, U.device)
-    weights = U.double()
-    lost = torch.where(keep.to(U.device), torch.zeros_like(weights), weights)
-    energies = [((W := value.flatten(1)) @ W.T * gram).sum() for value in (lost, weights)]
-    total = float(energies[1])
-    return (max(0.0, float(energies[0])) / total) ** 0.5 if total > 0 else 0.0
+    gram, kept = white_gram(tile, U.device), keep.to(U.device).expand(U.shape)
+    lost, total = torch.zeros_like(gram), torch.zeros_like(gram)  # sum over weights, [p*p, p*p]
+    for part, kept_part in zip(U.split(FILTERS_AT_A_TIME, 1), kept.split(FILTERS_AT_A_TIME, 1), strict=True):
+        W = part.double().flatten(1)  # [p*p, filters * c]
+        total += W @ W.T
+        W = W.masked_fill(kept_part.flatten(1), 0.0)
+        lost += W @ W.T
+    energies = [float((products * gram).sum()) for products in (lost, total)]
+    return (max(0.0, energies[0]) / energies[1]) ** 0.5 if energies[1] > 0 else 0.0

@@ -46,7 +46,13 @@ class Refit:
 
 
 def refit(
-    moments: Moments, U: Tensor, keep: Tensor, *, damping: float | None = None, match: bool = True
+    moments: Moments,
+    U: Tensor,
+    keep: Tensor,
+    *,
+    damping: float | None = None,
+    match: bool = True,
+    max_steps: int = MAX_STEPS,
 ) -> Refit:
     """Fit the kept weights and the bias to the wanted outputs.
 
@@ -58,6 +64,7 @@ def refit(
             within :data:`DAMPING`.
         match: scale every filter so that the mean and variance of its output are the wanted ones, which is what
             re-estimating the statistics of a batch norm behind it would do. Least squares alone shrinks outputs.
+        max_steps: of conjugate gradients; fewer for an estimate of the error.
     """
     p2, n, c = U.shape
     dtype = moments.gram.dtype
@@ -69,7 +76,7 @@ def refit(
         damping = min(DAMPING[1], max(DAMPING[0], unknowns / max(1, moments.samples)))
     system = _System(moments, kept.view(n, p2, c), damping)
     right = torch.where(kept, moments.cross + system.damp(wanted), torch.zeros((), dtype=dtype).to(wanted))
-    fitted, steps = system.solve(right, torch.where(kept, wanted, torch.zeros_like(wanted)))
+    fitted, steps = system.solve(right, torch.where(kept, wanted, torch.zeros_like(wanted)), max_steps)
     explained = (fitted * moments.cross).sum(1).double()
     energy = (fitted * system.gram_product(fitted)).sum(1).double()  # of the fitted output, about its mean
     variance = moments.variance
@@ -135,14 +142,14 @@ class _System:
         solved = torch.bmm(blocks.transpose(0, 1), self.inverse).transpose(0, 1)
         return torch.where(self.kept, solved, torch.zeros_like(solved)).reshape(R.shape)
 
-    def solve(self, right: Tensor, start: Tensor) -> tuple[Tensor, int]:
+    def solve(self, right: Tensor, start: Tensor, max_steps: int = MAX_STEPS) -> tuple[Tensor, int]:
         """Preconditioned conjugate gradients, every filter on its own: (solution, steps)."""
         x, residual = start, right - self.product(start)
         scaled = self.precondition(residual)
         direction, rho = scaled, (residual * scaled).sum(1, keepdim=True)
         first = (right * self.precondition(right)).sum(1, keepdim=True)
         steps = 0
-        for steps in range(1, MAX_STEPS + 1):
+        for steps in range(1, max_steps + 1):
             image = self.product(direction)
             curvature = (direction * image).sum(1, keepdim=True)
             step = torch.where(curvature > 0, rho / curvature.clamp_min(1e-38), torch.zeros_like(rho))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from wsp_compiler.pruning.moments import white_gram
 from wsp_compiler.winograd import transform
-from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
+from wsp_compiler.winograd_conv import tile_combination, tile_filters, winograd_convolution
 
 
 def position_scale(tile: int) -> Tensor:
@@ -36,6 +36,7 @@ class WinogradConv2d(nn.Module):
     bias: nn.Parameter  # [n]
     keep: Tensor
     scale: Tensor  # [p*p, 1, 1]
+    combination: Tensor  # [m*m, p*p, p*p]; held here since a step that builds it cannot be a CUDA graph
 
     def __init__(self, U: Tensor, bias: Tensor, keep: Tensor, padding: tuple[int, int], tile: int) -> None:
         super().__init__()
@@ -45,13 +46,14 @@ class WinogradConv2d(nn.Module):
         self.out_channels, self.in_channels = int(U.shape[1]), int(U.shape[2])
         self.register_buffer("keep", keep.to(U.device, copy=True))
         self.register_buffer("scale", position_scale(tile).to(U), persistent=False)
+        self.register_buffer("combination", tile_combination(tile, U.dtype, U.device), persistent=False)
         self.weight = nn.Parameter(torch.where(self.keep, U.detach() * self.scale, torch.zeros_like(U)))
         self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, c, H, W] (or [c, H, W]) -> [N, n, H_out, W_out]. Under autocast the convolution alone is narrow."""
         with torch.autocast(input.device.type, enabled=False):
-            W = tile_filters(self.winograd_weight(), self.tile)
+            W = tile_filters(self.winograd_weight(), self.tile, self.combination)
         return winograd_convolution(input, W, self.bias, self.padding, self.tile)
 
     def winograd_weight(self) -> Tensor:

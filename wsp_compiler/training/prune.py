@@ -14,7 +14,8 @@ from wsp_compiler.calibration import calibrate
 from wsp_compiler.clone import clone_module, named_modules
 from wsp_compiler.errors import PlanError
 from wsp_compiler.options import CompileOptions, PruneRule
-from wsp_compiler.plan import PruningPlan, make_plan
+from wsp_compiler.plan import PruningPlan
+from wsp_compiler.planning import Planner
 from wsp_compiler.refits import SiteRefit
 from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import collect_sites, padding_of
@@ -55,15 +56,13 @@ def prune(
     model = check_model(model)
     traced = trace(model, example_inputs)
     convolutions = {path: conv for path, conv in named_modules(model) if isinstance(conv, nn.Conv2d)}
+    calls = None if calibration is None else calibration_calls(calibration, model, example_inputs)
     if plan is None:
-        options = CompileOptions(pr, method, direction, tile, importance, tuple(rules))
-        chosen = make_plan(collect_sites(traced), convolutions, options)
+        options = CompileOptions(pr, method, direction, tile, importance, tuple(rules), pr_scope="layer")
+        chosen = Planner(traced, collect_sites(traced), convolutions, options, None, calls).make()
     else:
-        chosen = plan
-        chosen.check_fits(convolutions)
-    if calibration is not None:
-        calls = calibration_calls(calibration, model, example_inputs)
-        chosen = calibrate(traced, chosen, calls, choose=plan is None and importance == "output")
+        plan.check_fits(convolutions)
+        chosen = plan if calls is None else calibrate(traced, plan, calls, choose=False)
     result = copy.deepcopy(model)
     layers: dict[int, nn.Module] = {}
     copies = dict(named_modules(result))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy
-from benchmarks.accuracy import Errors, check, float64_errors, poisoned_memory, relative_l2
+from benchmarks.errors import Errors, check, float64_errors, poisoned_memory, relative_l2
 
 
 def test_relative_l2() -> None:
@@ -29,7 +28,7 @@ class Wrong(nn.Module):
 
 @pytest.mark.parametrize("image", range(5))
 def test_errors_are_over_all_images(image: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "CHUNK_ELEMENTS", 2 * 16 * 18)  # two images at a time
+    monkeypatch.setattr("benchmarks.errors.CHUNK_ELEMENTS", 2 * 16 * 18)  # two images at a time
     x = torch.randn(5, 2, 3, 3)
     assert float64_errors(nn.Identity(), nn.Identity(), x) == Errors(0.0, 0.0)
     rms, norm = float(x.double().square().mean().sqrt()), float(x.double().norm())

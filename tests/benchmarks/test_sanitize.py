@@ -1,0 +1,60 @@
+"""The sanitizer's command and what counts as clean; the tools themselves need a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from benchmarks import sanitize
+
+
+def test_families_cover_every_precision_tile_and_format() -> None:
+    found = sanitize.families()
+    assert {(f.precision, f.tile) for f in found} == {
+        (p, t) for p in ("fp16", "bf16", "tf32", "fp32") for t in (2, 4)
+    }
+    assert {f.channels_last for f in found} == {True, False}
+    assert {f.direction for f in found} == {"row", "column"}
+    assert len({f.name for f in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("output", "clean"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n{}", True),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n{}", True),
+        ("========= ERROR SUMMARY: 2 errors\n{}", False),
+        ("{}", False),
+    ],
+)
+def test_clean_means_a_summary_without_errors(
+    monkeypatch: pytest.MonkeyPatch, output: str, clean: bool
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+        assert "kns=winograd_fused" in command
+        text = output.replace("{}", json.dumps({"fp16": "winograd_fused"}))
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    row = sanitize.sanitize("memcheck", "  --kernel-name arg  which kernels")
+    assert (row["failure"] is None) == clean
+
+
+def test_a_wrong_result_is_not_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "========= ERROR SUMMARY: 0 errors\n" + json.dumps({"fp16": "failed: error 0.5"})
+    done = subprocess.CompletedProcess([], 0, text, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert "error 0.5" in sanitize.sanitize("memcheck", "")["failure"]
+
+
+def test_without_a_gpu_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        sanitize.main([])
+    assert "compute-sanitizer" in capsys.readouterr().err
