@@ -1,6 +1,6 @@
-"""What pruning costs the shipped denoiser, without fine-tuning: PSNR of whole held-out photos.
+"""What pruning costs the shipped denoiser: PSNR of whole held-out photos, without and with fine-tuning.
 
-    python -m benchmarks.denoiser_accuracy --json benchmarks/results/denoiser_accuracy.json
+    python -m benchmarks.denoiser_accuracy --json benchmarks/results/denoiser_accuracy.json --finetuned FILE ...
 
 Calibrated networks see `examples.photos.calibration_crops()`, noisy crops of two photos that are in neither the
 training nor the test set. Beside them stands the paper's criterion, the L2 norm, without calibration, in both of its
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import wsp_compiler
+from benchmarks.accuracy.methods import kept_share
 from benchmarks.results import new_record
 from examples import photos
 from examples.denoiser import load_denoiser
-from examples.finetune_denoiser import held_out_psnr, mean_drop
+from examples.finetune_denoiser import held_out_psnr, load_pruned, mean_drop
 
 METHODS: dict[str, dict[str, Any]] = {
     "calibrated": {"method": "wsp"},
@@ -41,6 +43,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--crops", type=int, default=8, help="calibration crops (default: 8)")
     parser.add_argument("--side", type=int, default=128, help="their side in pixels (default: 128)")
+    parser.add_argument(
+        "--finetuned", type=Path, nargs="+", default=[], help="networks of examples.finetune_denoiser to add"
+    )
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -61,20 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
             begin = time.perf_counter()
             model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
             seconds = time.perf_counter() - begin
-            quality = held_out_psnr(model, device)
-            drops = {photo: reference[photo] - found for photo, found in quality.items()}
             row: dict[str, Any] = {
                 "method": name,
                 "pr": pr,
-                "psnr_db": quality,
-                "mean_drop_db": mean_drop(reference, quality),
-                "largest_drop_db": max(drops.values()),
+                **_quality(reference, model, device),
                 "prune_seconds": seconds,
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }
             record.rows.append(row)
             record.save(options.json)
             print(f"pr={pr:g} {name}: {row['mean_drop_db']:.2f} dB below dense ({seconds:.0f} s)", flush=True)
+    for path in options.finetuned:
+        model = load_pruned(path).to(device)
+        pr = round(1 - kept_share(model), 3)
+        record.rows.append({"method": "fine-tuned", "pr": pr, **_quality(reference, model, device)})
+        record.save(options.json)
+        print(f"pr={pr:g} fine-tuned: {record.rows[-1]['mean_drop_db']:.2f} dB below dense", flush=True)
+
+
+def _quality(reference: dict[str, float], model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """PSNR of every held-out photo, and how far below `reference` it is."""
+    quality = held_out_psnr(model, device)
+    drops = [reference[photo] - found for photo, found in quality.items()]
+    return {
+        "psnr_db": quality,
+        "mean_drop_db": mean_drop(reference, quality),
+        "largest_drop_db": max(drops),
+    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 | `photos.py` | names the photos (training, calibration, held out), loads them, adds noise |
 | `denoiser.py` | the network, its shipped weights, and PSNR |
 | `train_denoiser.py` | trains the shipped weights: `python -m examples.train_denoiser` |
+| `finetune_denoiser.py` | prunes and fine-tunes it: `python -m examples.finetune_denoiser` |
+| `pruned_file.py` | packed files of fine-tuned networks |
 | `denoise_photo.py` | compiles the network and denoises a photo: `python -m examples.denoise_photo` |
 """
 

@@ -109,21 +109,23 @@ def test_finishing_with_another_output_leaves_the_rest_alone(kept_bytes: int) ->
     for path in [path for path, convolution in graph.order(plan) if convolution]:
         for index in range(len(inputs)):
             y = graph.capture(path, index, pruned=False, output=True).clone()
-            assert torch.allclose(graph.finish(path, index, y), expected[index], atol=1e-6)
-            changed = graph.finish(path, index, 3 * y)
+            assert torch.allclose(graph.finish(path, index, y, pruned=False), expected[index], atol=1e-6)
+            changed = graph.finish(path, index, 3 * y, pruned=False)
             assert not torch.allclose(changed, expected[index], atol=1e-3)
-            assert torch.allclose(changed, replay.finish(path, index, 3 * y), atol=1e-6)
+            assert torch.allclose(changed, replay.finish(path, index, 3 * y, pruned=False), atol=1e-6)
     assert torch.equal(
         graph.capture("b", 0, pruned=False, output=True), replay.capture("b", 0, pruned=False, output=True)
     )
-    # going back is possible
-    y = graph.capture("b", 0, pruned=False, output=True)
-    assert torch.allclose(graph.finish("a", 0, replay.capture("a", 0, pruned=False, output=True)), expected[0])
-    assert torch.allclose(graph.finish("b", 0, y), y)
+    # going back is possible, and the other network is another
+    y = replay.capture("a", 0, pruned=False, output=True)
+    assert torch.allclose(graph.finish("a", 0, y, pruned=False), expected[0], atol=1e-6)
+    forward = graph.module("b", pruned=True).forward
+    graph.module("b", pruned=True).__dict__["forward"] = lambda input: 0.5 * forward(input)
+    assert torch.allclose(graph.finish("a", 0, y, pruned=True), 0.5 * expected[0], atol=1e-6)
 
 
 def test_finishing_names_the_batch_that_fails() -> None:
     traced, _, inputs = parts()
     graph = Frontier(traced.units[""], traced.calls[""], [((inputs[0][:, :2],), {})])
     with pytest.raises(InputError, match="fails on batch 0"):
-        graph.finish("a", 0, torch.zeros(2, 16, 9, 9))
+        graph.finish("a", 0, torch.zeros(2, 16, 9, 9), pruned=True)

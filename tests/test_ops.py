@@ -252,3 +252,17 @@ def test_a_site_owns_its_tensors() -> None:
     assert {name for name, _ in site.named_buffers()} == {
         "keep", "weight", "rows", "row_offset", "columns", "column_offset", "bias",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_single_weights_are_stored_in_full_with_zeros(tile: int) -> None:
+    layer = Layer(5, 6, (1, 0), tile, "wwp")
+    site = layer.site
+    assert site.by_element
+    assert site.rows.numel() == 6 * (tile + 2) ** 2
+    assert site.columns.numel() == 5 * (tile + 2) ** 2
+    assert int((site.weight != 0).sum()) == int(site.keep.sum())
+    assert not Layer(5, 6, (1, 0), tile, "wsp").site.by_element
+    x = torch.randn(2, 5, 9, 7).double()
+    assert_near(layer.run(x), masked_convolution(x, layer.conv, site.keep, tile))
+    assert_near(layer.run(x, merged=True), masked_convolution(x, layer.conv, site.keep, tile))

@@ -107,13 +107,14 @@ def test_keep_and_kept_fraction(net: nn.Module, method: str, direction: str, til
     expected = {
         "dense": 1.0,
         "fp": kept_count(n, 0.3) / n,
+        "wwp": kept_count(positions * n * c, 0.3) / (positions * n * c),
         "bwsp": kept_count(units, 0.3) / units,
         "wsp": kept_count(positions * units, 0.3) / (positions * units),
     }
     assert entry.kept_fraction == pytest.approx(expected[method], abs=1e-12)
     assert entry.pr == (0.0 if method == "dense" else 0.3)
     letter = "R" if direction == "row" else "C"
-    names = {"dense": "dense", "fp": "FP", "bwsp": f"BWSP-{letter}", "wsp": f"WSP-{letter}"}
+    names = {"dense": "dense", "fp": "FP", "wwp": "WWP", "bwsp": f"BWSP-{letter}", "wsp": f"WSP-{letter}"}
     assert entry.pattern == names[method]
 
 
@@ -307,7 +308,14 @@ def test_a_site_stays_dense_where_dense_is_faster(net: nn.Module) -> None:
     assert faster.times["a"].pruned == Timing(9.0, MEASURED, "kernel F2")
 
 
-@pytest.mark.parametrize("method", ["dense", "fp", "wsp"])
+def test_filters_may_leave_the_network_which_is_decided_later(net: nn.Module) -> None:
+    """See tests/filters/test_settle.py."""
+    plan = timed_plan(net, Stopwatch({2: 12.0}), method="fp")
+    assert list(plan) == ["a", "b"]
+    assert plan.times["a"].slower
+
+
+@pytest.mark.parametrize("method", ["dense", "wwp", "wsp"])
 def test_every_method_is_held_to_it(net: nn.Module, method: str) -> None:
     assert not timed_plan(net, Stopwatch({2: 12.0}), method=method, pr=0.0).sites
 

@@ -89,3 +89,29 @@ def test_what_does_not_fit_is_an_error(x: Tensor, word: str) -> None:
     with pytest.raises(InputError, match=word) as caught:
         layer(x)
     assert caught.value.fix
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tile", [2, 4])
+def test_on_cuda(tile: int, dtype: torch.dtype) -> None:
+    """cuSPARSE, also captured in a CUDA graph."""
+    conv = nn.Conv2d(24, 40, 3, padding=1).requires_grad_(False)
+    keep = torch.rand((tile + 2) ** 2, 40, 24) < 0.2
+    x = torch.randn(2, 24, 13, 20).to(dtype)
+    expected = pruned_convolution(x, conv, keep, tile)
+    layer = layer_of(conv.cuda(), keep.cuda(), tile)
+    tolerance = TOLERANCE[tile] if dtype == torch.float32 else 2e-3
+    y = layer(x.cuda())
+    assert_close(y.cpu(), expected, tolerance)
+    assert layer.label == "csr-cusparse"
+    assert y.dtype == dtype
+    given = x.cuda()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(given)
+    given.copy_(2 * x.cuda())
+    graph.replay()
+    bias = layer.site.bias.cpu().double().view(-1, 1, 1)
+    assert_close(captured.cpu(), 2 * (expected - bias) + bias, tolerance)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.reference import pruned_convolution, relative_error
 from wsp_compiler.winograd import transform_weight
-from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
+from wsp_compiler.winograd_conv import tile_combination, tile_filters, winograd_convolution
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -39,3 +39,12 @@ def test_gradients_reach_weights_and_input() -> None:
         return winograd_convolution(given[0], tile_filters(given[1], 2), given[2], (1, 1), 2)
 
     assert torch.autograd.gradcheck(layer, (x, U, bias))
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_a_kept_combination_is_used(tile: int) -> None:
+    U = torch.randn((tile + 2) ** 2, 3, 2, dtype=torch.float64)
+    combination = tile_combination(tile, torch.float64)
+    assert combination.shape == (tile * tile, (tile + 2) ** 2, (tile + 2) ** 2)
+    assert torch.equal(tile_filters(U, tile, combination), tile_filters(U, tile))
+    assert torch.allclose(tile_filters(U, tile, 2 * combination), 2 * tile_filters(U, tile))

@@ -44,8 +44,8 @@ class Networks(Protocol):
         """What the module at ``path`` receives (or returns) first on batch ``index``: finite, [N, c, H, W]."""
         ...
 
-    def finish(self, path: str, index: int, value: Tensor) -> Any:
-        """What the dense network returns on batch ``index`` if the first call of ``path`` returns ``value``."""
+    def finish(self, path: str, index: int, value: Tensor, *, pruned: bool) -> Any:
+        """What the network returns on batch ``index`` if the first call of ``path`` returns ``value``."""
         ...
 
 
@@ -118,15 +118,15 @@ class Replay:
             )
         return checked(value, path, index, output=output)
 
-    def finish(self, path: str, index: int, value: Tensor) -> Any:
+    def finish(self, path: str, index: int, value: Tensor, *, pruned: bool) -> Any:
         left = [value]
 
         def exchange(module: nn.Module, args: Any, result: Tensor) -> Tensor:
             return left.pop().to(result.dtype).view(result.shape) if left else result
 
-        handle = self.module(path, pruned=False).register_forward_hook(exchange)
+        handle = self.module(path, pruned=pruned).register_forward_hook(exchange)
         try:
-            return self._run(False, index)
+            return self._run(pruned, index)
         finally:
             handle.remove()
 

@@ -78,8 +78,9 @@ def compile(
             batch are dropped). With them the kept weights are chosen by the energy they add to each layer's output
             and refitted by least squares, layer by layer (docs/accuracy.md). Give images of the size that is run.
         method: pruning pattern: "bwsp" (the same number of rows or columns in every Winograd position), "wsp"
-            (one threshold per layer), "fp" (filters), "dense" (Winograd without pruning; pr is ignored), or "abwsp"
-            (None means it): "wsp" or "bwsp" for each layer. With calibration that is "wsp", but "bwsp" where it is
+            (one threshold per layer), "fp" (filters; their channels leave the network where nothing else holds
+            them), "wwp" (single weights; a library's sparse product runs them, slowly), "dense" (Winograd without
+            pruning; pr is ignored), or "abwsp" (None means it): "wsp" or "bwsp" for each layer. With calibration that is "wsp", but "bwsp" where it is
             known to be faster and adds next to nothing to the predicted error; without, "bwsp" unless known not to
             be faster.
         direction: "row" or "column" of each position's matrix U_k [n, c].
@@ -88,8 +89,9 @@ def compile(
             or of the largest divisor of n up to it; a block of n or more is the paper's BWSP. None picks what
             fits the kernels (:func:`wsp_compiler.pruning.balanced.fit_block`).
         importance: criterion that scores rows, columns and filters: "output" (energy in the layer's output, for
-            inputs of white noise unless calibrated), "l2" (the paper's, of the weights), "l1" or "fpgm" (distance
-            from the geometric median). With calibration the others choose alone what stays; the refit is the same.
+            inputs of white noise unless calibrated), "l2" (the paper's, of the weights), "l1", "fpgm" (distance
+            from the geometric median) or "hrank" (for "fp" with calibration: the mean rank of a filter's feature
+            maps). With calibration the others choose alone what stays; the refit is the same.
         rules: per-layer overrides; the first whose regular expression matches the module path wins.
         precision: arithmetic of the matrix products: "fp32", "tf32", "fp16" or "bf16" (on the CPU "fp32" or
             "bf16"); None follows the model's dtype and, for float32 on CUDA,

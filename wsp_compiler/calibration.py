@@ -71,7 +71,7 @@ def calibrate(
         for path, is_convolution in networks.order(plan):
             step = partial(on_step, path) if on_step is not None else _nothing
             if not is_convolution:
-                result.norms[path] = _norm_statistics(networks, path, step)
+                result.norms[path] = norm_statistics(networks, path, step)
                 continue
             conv = networks.module(path, pruned=False)
             assert isinstance(conv, nn.Conv2d)
@@ -129,7 +129,7 @@ def use_weights(conv: nn.Module, U: Tensor, bias: Tensor | None, tile: int) -> N
     conv.__dict__["forward"] = forward
 
 
-def _norm_statistics(networks: Networks, path: str, step: Callable[[], None]) -> NormStatistics:
+def norm_statistics(networks: Networks, path: str, step: Callable[[], None]) -> NormStatistics:
     """Statistics under which a batch norm's output has the mean and variance it had, set in the pruned network.
 
     The model's own statistics are changed by how the input's have changed on the calibration data, rather than

@@ -111,9 +111,9 @@ class Frontier:
             self._standing[pruned, index] = standing
         return checked(value, path, index, output=output)
 
-    def finish(self, path: str, index: int, value: Tensor) -> Any:
+    def finish(self, path: str, index: int, value: Tensor, *, pruned: bool) -> Any:
         number = self._first[path]
-        standing = self._standing.get((False, index), _Standing())
+        standing = self._standing.get((pruned, index), _Standing())
         if standing.position > number + 1:
             standing = _Standing()
         # the rest of the graph may write into what it reads, and other layers still need that
@@ -126,11 +126,11 @@ class Frontier:
         try:
             with torch.no_grad():
                 if copied.position <= number:
-                    self._advance(copied, call, number, pruned=False, output=True)
+                    self._advance(copied, call, number, pruned=pruned, output=True)
                 if node in copied.values:
                     shape = copied.values[node].shape
                     copied.values[node] = value.to(copied.values[node].dtype).view(shape)
-                return self._advance(copied, call, last, pruned=False, output=True)
+                return self._advance(copied, call, last, pruned=pruned, output=True)
         except Exception as error:  # the model's own operators
             raise failure(call, index, error) from error
 

@@ -141,7 +141,8 @@ class CompileOptions:
         direction: "row" or "column" of each position's matrix (not used by "fp", "wwp" and "dense").
         tile: output tile side m of F(m x m, 3x3), 2 or 4, or "auto": the faster of both where times are known.
         importance: how units are scored: "output" (energy in the layer's output) "l2" (the paper's),
-            "l1", "fpgm" (distance from the geometric median) or "hrank" (rank of feature maps; filters and calibration only).
+            "l1", "fpgm" (distance from the geometric median) or "hrank" (rank of feature maps; needs
+            calibration, scores filters alone).
         rules: per-layer overrides.
         precision: arithmetic inside the Winograd layers, or None to follow the model.
         channel_threshold: layers with fewer input or output channels are left alone unless a rule names them.
@@ -188,14 +189,6 @@ class CompileOptions:
                 fix="use True or False",
             )
         _check_choice("importance", self.importance, IMPORTANCES)
-        methods = {self.method, *(rule.method for rule in self.rules if rule.method is not None)}
-        if self.importance == "hrank" and not methods <= {"fp", "dense"}:
-            raise OptionError(
-                "importance='hrank' scores filters alone, not what "
-                f"method={min(methods - {'fp', 'dense'})!r} removes",
-                where="compile",
-                fix="use method='fp', or another importance",
-            )
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
         threshold = cast("object", self.channel_threshold)
@@ -210,6 +203,14 @@ class CompileOptions:
                 raise OptionError(
                     f"rules contains {rule!r}", where="compile", fix="pass wsp_compiler.PruneRule objects"
                 )
+        methods = {self.method, *(rule.method for rule in self.rules if rule.method is not None)}
+        if self.importance == "hrank" and not methods <= {"fp", "dense"}:
+            raise OptionError(
+                "importance='hrank' scores filters alone, not what "
+                f"method={min(methods - {'fp', 'dense'})!r} removes",
+                where="compile",
+                fix="use method='fp', or another importance",
+            )
 
     def rule_for(self, path: str) -> PruneRule | None:
         """The first rule that matches ``path``."""

@@ -21,9 +21,9 @@ from wsp_compiler.budget.candidates import free_paths, grid_candidates, kind_of,
 from wsp_compiler.budget.drop import largest_within
 from wsp_compiler.budget.front import Front, Option, multiplies_front, time_front
 from wsp_compiler.budget.latency import fit_latency
-from wsp_compiler.budget.predict import Prediction, predict, predict_from_weights
+from wsp_compiler.budget.predict import PROBE_RATIO, Prediction, predict, predict_from_weights
 from wsp_compiler.budget.times import candidate_times
-from wsp_compiler.calibration import calibrate, exact_float32, networks_of
+from wsp_compiler.calibration import calibrate, exact_float32
 from wsp_compiler.errors import BudgetError, OptionError
 from wsp_compiler.filters.coupling import couple
 from wsp_compiler.filters.feature_ranks import feature_ranks
@@ -43,6 +43,9 @@ from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import ConvSite
 from wsp_compiler.speed import SpeedSource
 from wsp_compiler.trace import Call, TracedModel
+
+TYPICAL_RATIO = 0.5
+"""Around which errors are predicted if pr=0 is given with a budget that does not read it."""
 
 
 @dataclass
@@ -135,9 +138,15 @@ class Planner:
             plan, self.traced.units, self.sites, self.convolutions, self.options, self.speed, scores
         )
 
-    def _base(self, **changes: object) -> PruningPlan:
-        """Every layer at the same ratio; with data "abwsp" begins with "wsp", which keeps most."""
-        options = replace(self.options, **changes)  # pyright: ignore[reportArgumentType]
+    def _base(self, *, budget: bool = False) -> PruningPlan:
+        """Every layer at the same ratio; with data "abwsp" begins with "wsp", which keeps most.
+
+        Args:
+            budget: for budgets that do not read ``pr``: slower layers too, and at some ratio above 0.
+        """
+        options = self.options
+        if budget:
+            options = replace(options, keep_slower=True, pr=options.pr or TYPICAL_RATIO)
         if self.calls is not None and options.method == "abwsp":
             options = replace(options, method="wsp")
         return make_plan(self.sites, self.convolutions, options, self.speed)
@@ -152,7 +161,9 @@ class Planner:
             for path in free_paths(base, self.options)
         }
 
-    def _predictions(self, candidates: Mapping[str, Sequence[SitePlan]]) -> dict[str, Prediction]:
+    def _predictions(
+        self, base: PruningPlan, candidates: Mapping[str, Sequence[SitePlan]]
+    ) -> dict[str, Prediction]:
         """What each candidate adds to the error of the network's output."""
         if self.calls is None:
             return predict_from_weights(candidates, self.convolutions)
@@ -162,9 +173,10 @@ class Planner:
             torch.no_grad(),
         ):
             return predict(
-                networks_of(self.traced, self.calls),
+                self.traced,
+                base,
                 candidates,
-                typical=1 - self.options.pr,
+                self.calls,
                 choose=self.options.importance == "output",
                 on_step=lambda path: advance(f"predicting errors of {path}"),
             )
@@ -176,7 +188,7 @@ class Planner:
         return self._without_slower(self._balanced(plan))
 
     def _multiplies_front(self, base: PruningPlan) -> Front:
-        predictions = self._predictions(self._grid(base))
+        predictions = self._predictions(base, self._grid(base))
         seen = {path: found.seen for path, found in predictions.items() if found.seen is not None}
         sizes = {site.path: output_sizes(site, seen) for site in self.sites if site.path in predictions}
         for path, known in sizes.items():
@@ -190,14 +202,14 @@ class Planner:
 
     def _time_front(self) -> Front | None:
         """All patterns and tiles, with their times; None where times are unknown."""
-        base = self._base(keep_slower=True)
+        base = self._base(budget=True)
         methods = ("wsp", "bwsp") if self.options.method == "abwsp" else ()
         candidates = self._grid(base, methods)
         sites = {site.path: site for site in self.sites}
         times = candidate_times(candidates, sites, self.convolutions, self.speed)
         if any(us is None or dense is None for us, dense in times.values()):
             return None
-        return time_front(base, self._predictions(candidates), times)
+        return time_front(base, self._predictions(base, candidates), times)
 
     def _within_latency(self, target: float, measure: Callable[[PruningPlan], float]) -> PruningPlan:
         front = self._time_front()
@@ -212,7 +224,7 @@ class Planner:
     def _within_drop(self, most: float, drop_of: Callable[[PruningPlan], float]) -> PruningPlan:
         front = self._time_front() if self.speed is not None else None
         if front is None:
-            front = self._multiplies_front(self._base())
+            front = self._multiplies_front(self._base(budget=True))
 
         def prepared(chosen: Mapping[str, Option]) -> PruningPlan:
             return self.calibrated(front.plan(chosen))
@@ -224,7 +236,7 @@ class Planner:
         if self.options.method != "abwsp" or self.calls is None or self.speed is None:
             return plan
         known = {site.path: site for site in self.sites}
-        pairs: dict[str, tuple[SitePlan, SitePlan]] = {}
+        pairs: dict[str, tuple[SitePlan, ...]] = {}
         times: dict[str, Pair | None] = {}
         for path in free_paths(plan, self.options):
             rule, conv = self.options.rule_for(path), self.convolutions[path]
@@ -232,14 +244,16 @@ class Planner:
                 continue
             options = replace(self.options, method="bwsp", pr=plan[path].pr, tile=plan[path].tile)
             (other,) = site_candidates(path, conv, rule, options)
-            pairs[path] = plan[path], other
+            less = replace(options, method="wsp", pr=PROBE_RATIO * plan[path].pr)  # to measure weights with
+            pairs[path] = plan[path], other, *site_candidates(path, conv, rule, less)
             us = [
-                site_times(entry, known[path], conv, self.speed, dense=False).pruned for entry in pairs[path]
+                site_times(entry, known[path], conv, self.speed, dense=False).pruned
+                for entry in pairs[path][:2]
             ]
             times[path] = None if us[0] is None or us[1] is None else (us[0].us, us[1].us)
         if not any(pair is not None and pair[0] >= BALANCE_GAIN * pair[1] for pair in times.values()):
             return plan
-        predictions = self._predictions(pairs)
+        predictions = self._predictions(plan, pairs)
         errors = {path: (found.errors[0], found.errors[1]) for path, found in predictions.items()}
         chosen = choose_patterns(errors, times)
         balanced = {path: predictions[path].entries[1] for path, method in chosen.items() if method == "bwsp"}

@@ -98,7 +98,8 @@ def site_rows(
         decision = "Winograd" if entry.method == "dense" else "pruned"
         tile = f"F({entry.tile}x{entry.tile})" if entry.winograd else "-"
         kernel = kernels.get(site.path, "?").partition(" ")[0] if entry.winograd else "vendor"
-        why = f"the dense convolution would be faster: {known_times.text()}" if known_times.slower else ""
+        slower = known_times.slower and site.path not in shrunk.sizes
+        why = f"the dense convolution would be faster: {known_times.text()}" if slower else ""
         both = (_us(known_times.pruned), _us(known_times.dense))
         fraction = f"{entry.kept_weights / math.prod(plan[site.path].shape):.4f}"
         rows.append(
@@ -214,6 +215,11 @@ def format_report(
     lines += _filter_lines(shrunk)
     lines += _accuracy_lines(paths, plan)
     lines += _speed_lines(paths, times)
+    if sparse := [path for path in paths if plan[path].method == "wwp"]:
+        lines.append(
+            f"{len(sparse)} layers run as sparse matrices of single weights (WWP), of which no times are recorded: a "
+            "baseline, as a rule slower than dense convolutions"
+        )
     lines += [f"kernel of {path or 'the model'}: {kernels[path]}" for path in sorted(kernels)]
     for path, why in untraced.items():
         lines.append(f"not traced, runs as it was: {path or 'the model itself'}: {why}")

@@ -1,9 +1,9 @@
 """How much an error in one layer's output matters to the network's output.
 
-A relative error of 10% in one layer can be lost in the noise of the next or be amplified by all that follow. The gain
-of a layer is measured, on calibration data: the layer alone is replaced by a pruned and refitted one, and what
-its error becomes in the network's output is divided by it. Real pruning errors are used rather than random ones: they
-are correlated with the signal and pass activations differently.
+Layers behind a pruned layer are refitted too, to make up for what it loses. So the weight of a layer's error is not
+measured in the dense network, where nothing makes up for it, but in one that is pruned evenly and roughly refitted:
+one layer at a time is exchanged for one that keeps more, and what the network's output gains is divided by
+what the layer's own output gains. (In the denoiser the first layers weigh a tenth of what they do in the dense network.)
 """
 
 from __future__ import annotations
@@ -42,31 +42,21 @@ def output_change(before: Any, after: Any) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def gain(dense: Tensor, pruned: Tensor, before: Any, after: Any) -> float | None:
-    """Squared relative error of the network's output for each unit of squared relative error in the layer's.
-
-    Args:
-        dense, pruned: [N, n, H, W], the layer's output in the dense network, and of the pruned layer.
-        before, after: the network's outputs with either.
+def fill(weights: Mapping[str, float | None]) -> dict[str, float]:
+    """Weights for every layer where some or all are unknown.
 
     Returns:
-        None where it cannot be told.
+        The median of the known ones (1 without any) for those unknown. None is below 5% of that: a few images do not
+        show that a layer is useless.
     """
-    change = output_change(before, after)
-    wide = dense.double()
-    energy = float((wide - wide.mean((0, 2, 3), keepdim=True)).square().sum())
-    error = float((pruned.double() - wide).square().sum())
-    return None if change is None or error <= 0 or energy <= 0 else change * energy / error
-
-
-def fill(gains: Mapping[str, float | None]) -> dict[str, float]:
-    """Gains for every layer where some or all are unknown.
-
-    Returns:
-        The median of the known ones (1 without any) for those unknown. None is below a thousandth of that: one batch
-        does not show that a layer is useless.
-    """
-    known = [found for found in gains.values() if found is not None]
+    known = [found for found in weights.values() if found is not None]
     typical = statistics.median(known) if known else 1.0
     typical = typical if typical > 0 else 1.0
-    return {path: typical if found is None else max(found, 1e-3 * typical) for path, found in gains.items()}
+    return {
+        path: typical if found is None else max(found, LEAST_WEIGHT * typical)
+        for path, found in weights.items()
+    }
+
+
+LEAST_WEIGHT = 0.05
+"""Of the median weight."""

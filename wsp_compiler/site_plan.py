@@ -88,7 +88,7 @@ class SitePlan:
 
     @property
     def pattern(self) -> str:
-        """Short name as in the papers: dense, FP, WWP, WSP-R, BWSP-C, ...; BWSP-R/128 balances groups of 128 filters."""
+        """Short name as in the papers: dense, FP, WWP, WSP-R, BWSP-C; BWSP-R/128 balances groups of 128 filters."""
         if self.method == "dense":
             return "dense"
         suffix = "" if self.method in UNDIRECTED else f"-{self.direction[0].upper()}"

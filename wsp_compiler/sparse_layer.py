@@ -29,7 +29,7 @@ def block_diagonal(site: WinogradSite) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*[Ss]parse.*")  # "beta state"
         # 32-bit indices: MKL would convert others in every call
-        return torch.sparse_csr_tensor(
+        return cast("Any", torch).sparse_csr_tensor(
             starts.int(), (position * c + column).int(), matrices[position, row, column],
             size=(positions * n, positions * c), device=matrices.device,
         )  # fmt: skip

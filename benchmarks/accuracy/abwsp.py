@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ALPHA, BETA, SAMPLES = 30.0, 3, 12
 """Percent, rounds and candidates a round; the paper has alpha=30, beta=5 and does not tell its sample."""
-BATCHES = 30
+BATCHES = 20
 """Batches that statistics of batch norm are re-estimated on for each candidate."""
 FineTune = Callable[[nn.Module, "Job", "Workplace"], nn.Module]
 

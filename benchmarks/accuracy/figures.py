@@ -147,7 +147,7 @@ def ablation(panels: Callable[[int], Sequence[Any]], rows: Sequence[Row], _: Any
         ("l2", False, "accuracy"): "L2, fine-tuned",
         ("output", True, "accuracy"): "calibrated, fine-tuned",
     }
-    (axes,) = panels(1)
+    (axes,) = panels(min(1, len(found)))
     for index, ((importance, calibrated, value), label) in enumerate(stages.items()):
         some = [row for row in found if (row["importance"], row["calibrated"]) == (importance, calibrated)]
         groups = spreads(some, value, "pr")
@@ -166,7 +166,7 @@ def tiles(panels: Callable[[int], Sequence[Any]], rows: Sequence[Row], _: Any) -
     """Accuracy against the multiplications that are left."""
     found = good(rows, "tiles")
     left = {2: 4 / 9, 4: 1 / 4}
-    (axes,) = panels(1)
+    (axes,) = panels(min(1, len(found)))
     for index, tile in enumerate(left):
         for value, style in (("accuracy", "-"), ("one_shot", "--")):
             points = sorted(
@@ -202,9 +202,8 @@ def keep(panels: Callable[[int], Sequence[Any]], rows: Sequence[Row], given: arg
     colours = ListedColormap(["#d9a441", "#e6efe6", "#1b6ca8"])
     for axes, method in zip(panels(len(METHODS)), METHODS, strict=True):
         layer = winograd_layers(pruned(model, Variant(method), KEEP_PR, []))[KEEP_LAYER]
-        axes.imshow(
-            keep_image(layer.winograd_weight()), cmap=colours, vmin=-1, vmax=1, interpolation="nearest"
-        )
+        picture = keep_image(layer.winograd_weight()).numpy()
+        axes.imshow(picture, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(f"{NAMES[method]}, pr={KEEP_PR:g}", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_torch_settings: None) -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
+def _one_thread(_torch_settings: None) -> None:
+    torch.set_num_threads(1)  # _torch_settings puts it back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 import wsp_compiler
 from tests.abwsp.problem import PATHS, PR, Fidelity, batches, net
 from tests.reference import relative_error
-from wsp_compiler import PruneRule
+from wsp_compiler import PruneRule, api
 from wsp_compiler.abwsp.run import Request, run, searched_plan
 from wsp_compiler.batches import calibration_calls
 from wsp_compiler.errors import ModelError
 from wsp_compiler.options import CompileOptions
+from wsp_compiler.plan import PruningPlan
 
 OPTIONS = CompileOptions(PR, "abwsp", tune="off")
 
@@ -68,16 +70,22 @@ def test_other_requests_are_not_searched() -> None:
     assert searched_plan(model, OPTIONS, unused, None, None, None) is None
 
 
-def test_compile_searches() -> None:
-    """All sixteen assignments, and the plan is compiled as it is."""
+def test_compile_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sixteen assignments, five winners, and the plan is compiled as it is."""
+    found: list[PruningPlan | None] = []
+
+    def watched(*arguments: Any) -> PruningPlan | None:
+        found.append(searched_plan(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(api, "searched_plan", watched)
     model = net()
     fidelity = Fidelity(model)
     x = batches(1, seed=5)[0]
     compiled = wsp_compiler.compile(model, PR, eval_fn=fidelity, calibration=batches(), keep_slower=True)
     assert fidelity.calls == 1 + 16 + 5
+    assert found == [compiled.plan]
     assert tuple(compiled.plan.refits) == PATHS
-    wanted = searched_plan(model, OPTIONS, fidelity, batches(), None, None)
-    assert compiled.plan == wanted
     with torch.no_grad():
         assert relative_error(compiled(x), compiled.graph_module(x)) < 1e-5
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import wsp_compiler
 from benchmarks import denoiser_accuracy, results
 from examples import photos
+from examples.denoiser import load_denoiser
+from examples.pruned_file import save_pruned
 
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,6 +18,8 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "load", lambda name: load(name)[:, :, 100:196, 60:188])
     monkeypatch.setattr(photos, "HELD_OUT", ("camera",))
     path = tmp_path / "table.json"
+    tuned = tmp_path / "tuned.safetensors"
+    save_pruned(wsp_compiler.prune(load_denoiser(), 0.25, method="wsp", importance="l2"), tuned)
     denoiser_accuracy.main(
         [
             "--pr",
@@ -26,17 +31,23 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "2",
             "--side",
             "96",
+            "--finetuned",
+            str(tuned),
             "--json",
             str(path),
         ]
     )
-    dense, calibrated, by_norm = results.load(path).rows
+    dense, calibrated, by_norm, finetuned = results.load(path).rows
     assert dense["mean_drop_db"] == 0
     assert calibrated["method"] == "calibrated"
     assert calibrated["mean_drop_db"] == calibrated["largest_drop_db"]
     assert calibrated["mean_drop_db"] < 1.2
     assert by_norm["mean_drop_db"] > 3
     assert calibrated["peak_memory_mb"] > 0
+    assert (finetuned["method"], finetuned["pr"]) == ("fine-tuned", 0.25)
+    assert finetuned["mean_drop_db"] == pytest.approx(
+        dense["psnr_db"]["camera"] - finetuned["psnr_db"]["camera"]
+    )
 
 
 def test_quoted_drops_are_those_of_the_results() -> None:

@@ -247,9 +247,9 @@ def test_processes_share_one_cache(tmp_path: Path):
     racing = [start("build") for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in racing]
     assert [process.returncode for process in racing] == [0, 0], outputs
-    entries = list(folder.iterdir())
-    assert len(entries) == 1
-    assert not entries[0].name.startswith(".")
+    names = [entry.name for entry in folder.iterdir()]
+    assert len([name for name in names if "-" not in name]) == 1  # others say what LLVM knows of the machine
+    assert not any(name.startswith(".") for name in names)
     third = start("from disk")
     outputs.append(third.communicate(timeout=120))
     assert third.returncode == 0, outputs[2]

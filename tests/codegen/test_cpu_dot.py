@@ -54,7 +54,7 @@ def test_the_instructions_round_and_multiply():
     from wsp_compiler.codegen.build import build
 
     a, c = torch.randn(2, 16), torch.randn(16)
-    a[0, 3], a[1, 4], a[0, 5], a[1, 6], a[0, 7] = torch.nan, torch.inf, -torch.inf, 3e38, 1.00390625
+    a[0, 3], a[1, 4], a[0, 5], a[1, 6], a[0, 7] = torch.nan, torch.inf, -torch.inf, 3e18, 1.00390625
     words, sums, half = torch.empty(16), torch.empty(16), torch.empty(8)
     build(probe, "probe", cpu_target(), ()).function(
         *(tensor.data_ptr() for tensor in (a, c, words, sums, half))

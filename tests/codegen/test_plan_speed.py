@@ -83,3 +83,31 @@ def test_the_users_precision(conv: nn.Conv2d, tmp_path: Path) -> None:
     tuner = Recorder("fast", tmp_path)
     PlanSpeed(tuner, "bf16").pruned("a", conv, KEEP[:, :, :1], 2, [CALL])
     assert tuner.asked[0][0].precision == "bf16"
+
+
+@pytest.mark.parametrize("level", ["off", "fast"])
+def test_single_weights_are_measured_now_or_unknown(conv: nn.Conv2d, level: str, tmp_path: Path) -> None:
+    """No records are kept of a library's sparse product."""
+    tuner = Recorder(level, tmp_path)
+    measured: list[tuple[str, tuple[int, ...]]] = []
+
+    def measure(calls: Any, inputs: Any) -> Any:
+        (label,) = calls
+        measured.append((label, tuple(inputs[label][0].shape)))
+        assert calls[label](inputs[label][0]).shape[1] == 16
+        return {label: 7.0}, {}
+
+    tuner.measure = measure
+    keep = torch.rand(16, 16, 24) < 0.3
+    known = tuner.knows_device
+    found = PlanSpeed(tuner, None).pruned(
+        "a", conv, keep, 2, [CALL, CallFormat((24, 6, 6), torch.float32, False)]
+    )
+    assert not tuner.asked
+    if level == "off":
+        assert not known
+        assert found is None
+        assert not measured
+    else:
+        assert found == Timing(14.0, MEASURED, "csr-mkl")
+        assert measured == [("csr-mkl", (2, 24, 9, 7)), ("csr-mkl", (1, 24, 6, 6))]

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tests.filters.nets import Chain, Dense, Grouped, Residual, convolutions, planned, randomised, without_filters
+from tests.filters.nets import (
+    Chain,
+    Dense,
+    Grouped,
+    Residual,
+    convolutions,
+    planned,
+    randomised,
+    without_filters,
+)
 from tests.reference import assert_untouched, relative_error, snapshot
 from wsp_compiler.filters.shrink import VENDOR, Shrunk, shrink, spatial_filters
 from wsp_compiler.options import PruneRule
@@ -30,7 +39,8 @@ NETS: dict[str, Any] = {
 def as_vendor(plan: PruningPlan) -> PruningPlan:
     """The plan with every pruned filter's layer left to the vendor's library."""
     sites = {
-        path: replace(entry, winograd=False) if entry.method == "fp" else entry for path, entry in plan.items()
+        path: replace(entry, winograd=False) if entry.method == "fp" else entry
+        for path, entry in plan.items()
     }
     return replace(plan, sites=sites)
 
@@ -82,7 +92,8 @@ def test_as_winograd_it_is_exact_up_to_float32_weights(name: str, tile: int) -> 
 
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(
-    ("method", "direction"), [("wsp", "row"), ("wsp", "column"), ("wwp", "row"), ("bwsp", "column"), ("dense", "row")]
+    ("method", "direction"),
+    [("wsp", "row"), ("wsp", "column"), ("wwp", "row"), ("bwsp", "column"), ("dense", "row")],
 )
 @pytest.mark.parametrize("refitted", [False, True])
 def test_readers_under_every_pattern(method: str, direction: str, tile: int, refitted: bool) -> None:

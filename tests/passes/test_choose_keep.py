@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -98,3 +100,11 @@ def test_the_root_convolution() -> None:
     case = lowering(conv())
     assert case.run(ChooseKeep()).count == 1
     assert planned(case) == {"": "dense"}
+
+
+def test_filters_left_to_the_vendor_are_declined() -> None:
+    case = lowering(nn.Sequential(conv(), conv()), method="fp", pr=0.5)
+    case.plan.sites["1"] = replace(case.plan["1"], winograd=False)
+    rewrites = case.run(ChooseKeep())
+    assert rewrites.declined == (("1", "its kept filters are left to the vendor's library"),)
+    assert planned(case) == {"0": "FP"}

@@ -23,7 +23,9 @@ def test_keeps_the_largest_elements(pr: float) -> None:
 
 def test_direction_means_nothing() -> None:
     U = torch.randn(36, 3, 4, dtype=torch.float64)
-    assert torch.equal(WWP.keep(U, 0.5, "row", IMPORTANCES["l1"]), WWP.keep(U, 0.5, "column", IMPORTANCES["l1"]))
+    assert torch.equal(
+        WWP.keep(U, 0.5, "row", IMPORTANCES["l1"]), WWP.keep(U, 0.5, "column", IMPORTANCES["l1"])
+    )
 
 
 @pytest.mark.parametrize("name", ["output", "l2", "l1", "fpgm"])

@@ -55,9 +55,7 @@ def test_makes_up_for_a_lost_input_channel(tile: int) -> None:
         centred = y - y.mean((0, 2, 3), keepdim=True)
         return float((output - y).norm() / centred.norm())
 
-    after = F.conv2d(
-        pruned, spatial_filters(fitted.U, tile), fitted.bias.double(), padding=1
-    )
+    after = F.conv2d(pruned, spatial_filters(fitted.U, tile), fitted.bias.double(), padding=1)
     assert error(after) < 0.8 * error(before)
     assert fitted.error == pytest.approx(error(after), rel=0.02)
     assert refit(moments, U, keep).error < 1.02 * fitted.error

@@ -75,3 +75,12 @@ def test_position_scales_are_powers_of_two(tile: int, low: int, high: int) -> No
     scale = position_scale(tile)
     assert torch.equal(torch.log2(scale), torch.log2(scale).round())
     assert (float(scale.min()), float(scale.max())) == (low, high)
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    _, _, module = layer(dtype=torch.float32)
+    x = torch.randn(1, 3, 6, 6)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), module(x))
+    compiled(x).sum().backward()
+    assert module.weight.grad is not None

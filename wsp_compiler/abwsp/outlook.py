@@ -42,7 +42,7 @@ class Networks:
 
     def build(self, plan: PruningPlan) -> nn.Module:
         """A trainable module with the plan's weights and statistics."""
-        return prune(self.model, plan=plan, example_inputs=self.example_inputs)
+        return prune(self.model, plan=plan)
 
     def adapted(self, plan: PruningPlan) -> tuple[PruningPlan, nn.Module]:
         """``plan`` with adapted batch-norm statistics, and its module."""

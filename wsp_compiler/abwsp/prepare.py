@@ -14,11 +14,10 @@ from torch import nn
 from wsp_compiler.abwsp.choices import Choices, LayerPair
 from wsp_compiler.abwsp.ranks import Ranks
 from wsp_compiler.activations import device_and_dtype
-from wsp_compiler.calibration import calibrate
 from wsp_compiler.clone import named_modules
 from wsp_compiler.options import CompileOptions
-from wsp_compiler.plan import PruningPlan, make_plan
-from wsp_compiler.progress import progress
+from wsp_compiler.plan import PruningPlan
+from wsp_compiler.planning import Planner
 from wsp_compiler.sites import ConvSite, collect_sites
 from wsp_compiler.speed import SpeedSource
 from wsp_compiler.trace import Call, TracedModel, trace
@@ -52,13 +51,8 @@ class Preparation:
         """Both plans and the times, the same on every rank; rank 0 alone measures."""
         traced = trace(self.model, self.example_inputs)
         sites = collect_sites(traced)
-        plans = ranks.first(lambda: self._plans(sites))
-        if self.refit:
-            own = range(ranks.rank, len(METHODS), ranks.size)  # two ranks fit one plan each
-            found = ranks.all(lambda: {index: self._fitted(traced, plans[index]) for index in own})
-            fitted = {index: plan for part in found for index, plan in part.items()}
-            plans = (fitted[0], fitted[1])
-        return Choices(plans[0], plans[1], ranks.first(lambda: self._times(plans, sites)))
+        plans = ranks.first(lambda: self._plans(traced, sites))
+        return Choices(*plans, ranks.first(lambda: self._times(plans, sites)))
 
     def _convolutions(self) -> dict[str, nn.Conv2d]:
         return {path: conv for path, conv in named_modules(self.model) if isinstance(conv, nn.Conv2d)}
@@ -70,24 +64,21 @@ class Preparation:
             self.target, device_and_dtype(self.model)[0], self.options.precision, self.options.tune
         )
 
-    def _plans(self, sites: tuple[ConvSite, ...]) -> tuple[PruningPlan, PruningPlan]:
-        """The plans by the criterion alone; what is slower than the dense convolution is left out of them."""
+    def _plans(self, traced: TracedModel, sites: tuple[ConvSite, ...]) -> tuple[PruningPlan, PruningPlan]:
+        """Both plans; what is slower than the dense convolution is left out of them."""
         speed = None if self.options.keep_slower or self.given_times is not None else self._sources()[0]
         wsp, bwsp = (
-            make_plan(sites, self._convolutions(), replace(self.options, method=method, pr_scope=None), speed)
+            Planner(
+                traced,
+                sites,
+                self._convolutions(),
+                replace(self.options, method=method, pr_scope="layer"),
+                speed,
+                self.calls if self.refit else None,
+            ).make()
             for method in METHODS
         )
         return wsp, bwsp
-
-    def _fitted(self, traced: TracedModel, plan: PruningPlan) -> PruningPlan:
-        with progress("fitting both plans", len(plan) * len(self.calls)) as advance:
-            return calibrate(
-                traced,
-                plan,
-                self.calls,
-                choose=self.options.importance == "output",
-                on_step=lambda path: advance(f"fitting {path}"),
-            )
 
     def _times(
         self, plans: tuple[PruningPlan, PruningPlan], sites: tuple[ConvSite, ...]

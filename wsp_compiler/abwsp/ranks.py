@@ -9,12 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import pickle
 import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as torch_distributed
@@ -46,33 +45,23 @@ class Ranks:
         """
         if self.size == 1:
             return [work()]
-        value: Any = None
-        error: Exception | None = None
-        try:
-            value = work()
-            pickle.dumps(value)
-        except Exception as raised:  # the other ranks have to learn of whatever it is
-            error = raised
+        own, error = _outcome(work)
         answers: list[Any] = [None] * self.size
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(answers, (None if error else value, text), group=self.group)
+        dist.all_gather_object(answers, own, group=self.group)
         if error is not None:
             raise error
-        for rank, (_, failed) in enumerate(answers):
-            if failed is not None:
-                raise SearchError(
-                    f"it failed with {failed}", where=f"rank {rank}", fix="see that rank's message"
-                )
-        return [cast("T", answer) for answer, _ in answers]
+        return [_value(rank, answer) for rank, answer in enumerate(answers)]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What ``work()`` returns on rank 0, which alone calls it; called by all ranks."""
-        return self.of(0, work)
-
-    def of(self, rank: int, work: Callable[[], T]) -> T:
-        """As :meth:`first`, for another rank."""
-        found = self.all(lambda: work() if self.rank == rank else None)[rank]
-        return cast("T", found)
+        """What ``work()`` returns on rank 0, which alone calls it; called by all ranks. Raises as :meth:`all`."""
+        if self.size == 1:
+            return work()
+        own, error = _outcome(work) if self.rank == 0 else (None, None)
+        answer = [own]
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        if error is not None:
+            raise error
+        return _value(0, answer[0])
 
     def wrapped(self, module: nn.Module) -> nn.Module:
         """``module`` for training: data-parallel if there are several ranks."""
@@ -90,6 +79,21 @@ class Ranks:
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(sent[name])
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[tuple[Any, str | None], Exception | None]:
+    """((value, what failed or None), the error or None)."""
+    try:
+        return (work(), None), None
+    except Exception as error:  # the other ranks have to learn of whatever it is
+        return (None, f"{type(error).__name__}: {error}"), error
+
+
+def _value(rank: int, answer: Any) -> Any:
+    value, failed = answer
+    if failed is not None:
+        raise SearchError(f"it failed with {failed}", where=f"rank {rank}", fix="see that rank's message")
+    return value
 
 
 @contextlib.contextmanager

@@ -100,7 +100,8 @@ class Search:
             module = self.networks.build(plan)
             checkpoint = self.folder.checkpoint(index, self.ranks.size)
             module = run_finetune(self.finetune, module, self.ranks, checkpoint)
-            what = f"the fine-tuned winner of round {index + 1}"
+        with seeded(self.seed, "accuracy", index):  # whether or not the training was done already
+            what = f"the winner of round {index + 1}"
             accuracy = self.ranks.first(lambda: self.networks.accuracy(module, what))
         self.state.rounds.append(Round(winner, accuracy))
         best = self.best_round()

@@ -1,7 +1,7 @@
 """How large a layer's output error would be under each candidate, from its moments alone.
 
-Removing weights R from a filter costs R gram R^T; what the refit then wins back is measured by refitting a sample of
-the filters at a few pruning ratios, and interpolated between them.
+Without refitting the error of any weights u of a filter is variance - 2 cross u + u gram u. What the refit wins back is
+measured by refitting a sample of the filters at a few pruning ratios, and interpolated between them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from wsp_compiler.site_plan import SitePlan
 
 MOST_FILTERS = 64
 """Filters of a layer that stand for all."""
-REFIT_AT = (0.9, 0.75, 0.5, 0.3, 0.15, 0.06)
+REFIT_AT = (0.9, 0.5, 0.2, 0.08)
 """Kept shares near which candidates are refitted."""
-REFIT_STEPS = 20
+REFIT_STEPS = 15
 """Of conjugate gradients: an estimate, not the result."""
 
 
@@ -35,13 +35,11 @@ def sample_filters(moments: Moments, most: int = MOST_FILTERS) -> Tensor:
     return order[torch.linspace(0, count - 1, most).round().long()].sort().values
 
 
-def _of_filters(moments: Moments, chosen: Tensor) -> Moments:
+def of_filters(moments: Moments, chosen: Tensor) -> Moments:
+    """The moments of some filters."""
     index = chosen.to(moments.cross.device)
     return replace(
-        moments,
-        cross=moments.cross[index],
-        variance=moments.variance[index],
-        mean=moments.mean[index],
+        moments, cross=moments.cross[index], variance=moments.variance[index], mean=moments.mean[index]
     )
 
 
@@ -51,28 +49,33 @@ def keep_of(entry: SitePlan, chosen: Tensor) -> Tensor:
 
 
 class LayerErrors:
-    """Predicts relative squared output errors of one layer.
+    """Predicts squared output errors of one layer, relative to the variance of the wanted output.
 
     Args:
-        moments: of the layer in the dense network.
-        U: [p*p, n, c], its Winograd weights; F(m x m, 3x3) as in the moments.
+        moments: of the layer's input and the wanted output.
+        U: [p*p, n, c], its Winograd weights before pruning; F(m x m, 3x3) as in the moments.
+
+    Attributes:
+        filters: numbers of the filters that are looked at.
+        share: of the output's variance that these have.
     """
 
     def __init__(self, moments: Moments, U: Tensor) -> None:
         self.filters = sample_filters(moments)
-        self._moments = _of_filters(moments, self.filters)
+        self._moments = of_filters(moments, self.filters)
         self._U = U[:, self.filters.to(U.device)].to(moments.gram)  # [p*p, filters, c]
         self._energy = max(float(self._moments.variance.sum()), 1e-30)
+        self.share = self._energy / max(float(moments.variance.sum()), 1e-30)
         self._fits: dict[int, tuple[SitePlan, Refit]] = {}  # by identity
 
     def without_refit(self, entry: SitePlan) -> float:
-        """Squared error relative to the output's variance, if the other weights stay."""
+        """The error if the kept weights stay as they are."""
         keep = keep_of(entry, self.filters).to(self._U.device)
-        removed = torch.where(keep, torch.zeros_like(self._U), self._U)
-        flat = removed.permute(1, 0, 2).reshape(len(self.filters), -1)  # [filters, p*p*c]
-        rows = flat.abs().sum(1) > 0
-        flat = flat[rows]
-        return max(0.0, float(((flat @ self._moments.gram) * flat).sum())) / self._energy
+        kept = torch.where(keep, self._U, torch.zeros_like(self._U))
+        flat = kept.permute(1, 0, 2).reshape(len(self.filters), -1)  # [filters, p*p*c]
+        gram, cross = self._moments.gram, self._moments.cross
+        explained = float((flat * (2 * cross - flat @ gram)).sum(dtype=torch.float64))
+        return max(0.0, self._energy - explained) / self._energy
 
     def refitted(self, entry: SitePlan) -> Refit:
         """The sampled filters, refitted roughly; their error is a root."""
@@ -82,23 +85,27 @@ class LayerErrors:
         return self._fits[id(entry)][1]
 
     def predict(self, entries: Sequence[SitePlan]) -> list[float]:
-        """Squared relative error of each candidate after refitting; 0 for those that prune nothing.
+        """The error of each candidate: refitted, unless it prunes nothing, as calibration does.
 
         The candidates share method, direction and tile and differ in how much they keep.
         """
-        raw = [self.without_refit(entry) if entry.kept_fraction < 1 else 0.0 for entry in entries]
-        pruned = [index for index, error in enumerate(raw) if error > 0]
+        raw = [self.without_refit(entry) for entry in entries]
+        pruned = [index for index, entry in enumerate(entries) if entry.kept_fraction < 1 and raw[index] > 0]
         anchors = {
             min(pruned, key=lambda index: abs(entries[index].kept_fraction - share))
             for share in REFIT_AT
             if pruned
         }
-        points: list[tuple[float, float]] = []  # (kept share, log of what refitting leaves)
-        for index in anchors:
-            error = self.refitted(entries[index]).error ** 2
-            points.append((entries[index].kept_fraction, math.log(max(error, 1e-12) / raw[index])))
-        points.sort()
+        points = sorted(  # (kept share, log of what refitting leaves)
+            (
+                entries[index].kept_fraction,
+                math.log(max(self.refitted(entries[index]).error ** 2, 1e-12) / raw[index]),
+            )
+            for index in anchors
+        )
         return [
-            error * math.exp(linear(points, entry.kept_fraction)) if error > 0 else 0.0
+            error * math.exp(linear(points, entry.kept_fraction))
+            if entry.kept_fraction < 1 and error > 0
+            else error
             for entry, error in zip(entries, raw, strict=True)
         ]

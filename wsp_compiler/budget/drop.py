@@ -33,14 +33,15 @@ def ladder(front: Front, levels: int = LEVELS) -> list[dict[str, Option]]:
         if chosen is None:  # rounding at the last
             chosen = front.chosen(front.least)
         assert chosen is not None
-        prunes = any(option.error > 0 for option in chosen.values())
+        prunes = any(option.entry is not None and option.entry.kept_fraction < 1 for option in chosen.values())
         if prunes and (not rungs or any(chosen[path] is not rungs[-1][path] for path in chosen)):
             rungs.append(chosen)
     return rungs
 
 
 def _cost_unpruned(options: Sequence[Option]) -> float:
-    return min((option.cost for option in options if option.error == 0), default=options[0].cost)
+    whole = [option.cost for option in options if option.entry is None or option.entry.kept_fraction == 1]
+    return min(whole, default=options[0].cost)
 
 
 def largest_within(

@@ -53,7 +53,7 @@ def fit_latency(front: Front, target: float, measure: Callable[[PruningPlan], fl
         rest = taken - front.cost(chosen) / 1000
         if taken <= target * SLACK and front.error(chosen) < best_error:
             best, best_error = chosen, front.error(chosen)
-            if taken >= ENOUGH * target or best_error == 0:
+            if taken >= ENOUGH * target:
                 break
     return front.plan(best)
 

@@ -1,33 +1,43 @@
 """What every candidate of every layer would add to the error of the network's output.
 
-One pass over the calibration data through the dense network. The moments of one layer at a time are held, those of both
-tiles where both are candidates. Errors of several layers are taken to add up; calibration lets later layers make up
-for a part of what earlier ones lose, so that the sum is an upper estimate, best used to compare.
+One pass over the calibration data, layer by layer, as calibration does it but roughly: every layer sees what an
+evenly pruned network sends it. The moments of one layer at a time are held, those of both tiles where both are
+candidates. Then each layer's weight is measured (wsp_compiler/sensitivity.py). Errors of several layers are taken
+to add up, weight times squared relative error: a model around even ratios, good to compare plans with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from wsp_compiler.activations import Networks
-from wsp_compiler.budget.candidates import by_kind
-from wsp_compiler.budget.curves import LayerErrors
+from wsp_compiler.budget.candidates import by_kind, kind_of
+from wsp_compiler.budget.curves import REFIT_STEPS, LayerErrors
+from wsp_compiler.calibration import networks_of, norm_statistics, use_weights
+from wsp_compiler.errors import InputError
 from wsp_compiler.plan import PruningPlan, choose_keep
 from wsp_compiler.pruning.base import Importance
 from wsp_compiler.pruning.moments import Moments, MomentsBuilder
 from wsp_compiler.pruning.output_aware import MeasuredEnergy, relative_error
-from wsp_compiler.sensitivity import fill, gain
+from wsp_compiler.pruning.refit import refit
+from wsp_compiler.sensitivity import fill, output_change
 from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import padding_of
+from wsp_compiler.trace import Call, TracedModel
 from wsp_compiler.winograd import transform_weight
 from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
 
 SAMPLES_PER_UNKNOWN = 24
 """Enough outputs per unknown to predict errors from: of more data only some images are used."""
+PROBE_IMAGES = 4
+"""Of the first batch, on which weights are measured."""
+PROBE_RATIO = 0.7
+"""A layer's weight is measured by pruning it this much less."""
 
 
 @dataclass(frozen=True)
@@ -60,60 +70,97 @@ def predict_from_weights(
     return found
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """One layer that can be exchanged: its weights [p*p, n, c] and bias, and what the exchange does to its error."""
+
+    U: Tensor
+    bias: Tensor
+    tile: int
+    gained: float
+
+
 def predict(
-    networks: Networks,
+    traced: TracedModel,
+    base: PruningPlan,
     candidates: Mapping[str, Sequence[SitePlan]],
+    calls: Sequence[Call],
     *,
-    typical: float,
     choose: bool = True,
     on_step: Callable[[str], None] | None = None,
 ) -> dict[str, Prediction]:
     """With data: errors after refitting, weighted by what they do to the network's output.
 
     Args:
-        networks: on the calibration inputs; only the dense one runs.
-        candidates: path -> what the convolution can become.
-        typical: kept share at which a layer's gain is measured.
+        traced: a model in eval mode, its graphs before any pass; not modified.
+        base: the even plan around which errors are predicted.
+        candidates: path in ``base`` -> what the convolution can become.
+        calls: the inputs.
         choose: let candidates keep what adds most measured energy; else they keep what they come with.
         on_step: called with the path after every batch of every layer.
+
+    Returns:
+        Predictions of those layers that the model calls.
     """
-    order = networks.order(PruningPlan({path: _smallest(entries) for path, entries in candidates.items()}))
+    networks, batches = _networks(traced, calls)
     relative: dict[str, tuple[list[SitePlan], list[float], tuple[int, int, int]]] = {}
-    gains: dict[str, float | None] = {}
-    output: Any = None
-    for path in (path for path, is_convolution in order if is_convolution):
-        conv, entries = networks.module(path, pruned=False), list(candidates[path])
+    probes: dict[str, _Probe | None] = {}
+    for path, is_convolution in networks.order(base):
+        if not is_convolution:
+            norm_statistics(networks, path, lambda: None)
+            continue
+        conv = networks.module(path, pruned=False)
         assert isinstance(conv, nn.Conv2d)
-        moments, (x, y) = _moments(networks, path, conv, {entry.tile for entry in entries}, on_step)
+        entry, entries = base[path], list(candidates.get(path, (base[path],)))
+        tiles = {entry.tile, *(other.tile for other in entries)}
+        moments, seen = _moments(networks, batches, path, conv, tiles, on_step)
         errors = [0.0] * len(entries)
-        example: tuple[float, SitePlan, LayerErrors] | None = None
-        for (_, _, tile), members in by_kind(entries).items():
+        for (method, direction, tile), members in by_kind(entries).items():
             U = transform_weight(conv.weight, tile)
             if choose:
                 importance = _once(MeasuredEnergy(moments[tile]))
                 for index in members:
                     entries[index] = choose_keep(entries[index], U.float(), importance)
             layer = LayerErrors(moments[tile], U)
-            for index, error in zip(members, layer.predict([entries[i] for i in members]), strict=True):
+            group = [entries[index] for index in members]
+            for index, error in zip(members, layer.predict(group), strict=True):
                 errors[index] = error
-                distance = abs(entries[index].kept_fraction - typical)
-                if error > 0 and (example is None or distance < example[0]):
-                    example = distance, entries[index], layer
-        relative[path] = entries, errors, (y.shape[0], y.shape[2], y.shape[3])
-        gains[path] = None
-        if example is not None:
-            output = networks.finish(path, 0, y) if output is None else output
-            pruned = _pruned_output(conv, x, y, *example[1:])
-            gains[path] = gain(y, pruned, output, networks.finish(path, 0, pruned))
-    weights = fill(gains)
+            if (method, direction, tile) == kind_of(entry):
+                entry = min(group, key=lambda other: abs(other.pr - base[path].pr))
+                fitted = refit(moments[tile], U, entry.keep, max_steps=REFIT_STEPS)
+                if path in candidates:
+                    probes[path] = _probe(entry, group, layer, fitted.U, fitted.bias)
+                use_weights(networks.module(path, pruned=True), fitted.U, fitted.bias, tile)
+        moments.clear()
+        relative[path] = entries, errors, seen
+    try:
+        measured = _weights(networks, batches, probes)
+    except InputError:  # a model that does not take a part of a batch
+        measured = _weights(networks, 0, probes)
+    weights = fill(measured)
     return {
-        path: Prediction(tuple(entries), tuple(error * weights[path] for error in errors), seen)
+        path: Prediction(tuple(entries), tuple(weights[path] * error for error in errors), seen)
         for path, (entries, errors, seen) in relative.items()
+        if path in candidates
     }
 
 
-def _smallest(entries: Sequence[SitePlan]) -> SitePlan:
-    return min(entries, key=lambda entry: entry.kept_fraction)
+def _networks(traced: TracedModel, calls: Sequence[Call]) -> tuple[Networks, int]:
+    """Both networks on the inputs and on a batch for probing behind them; the number of inputs."""
+    probing = pytree.tree_map(_first_images(calls[0]), calls[0])
+    return networks_of(traced, [*calls, cast("Call", probing)]), len(calls)
+
+
+def _first_images(call: Call) -> Callable[[Any], Any]:
+    """Cuts every tensor of a batch that is as long as the first one down to a few images."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+    images = len(tensors[0]) if tensors else 0
+
+    def cut(leaf: Any) -> Any:
+        whole = not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != images
+        return leaf if whole else leaf[:PROBE_IMAGES]
+
+    return cut
 
 
 def _once(importance: Importance) -> Importance:
@@ -130,44 +177,72 @@ def _once(importance: Importance) -> Importance:
 
 def _moments(
     networks: Networks,
+    batches: int,
     path: str,
     conv: nn.Conv2d,
     tiles: set[int],
     on_step: Callable[[str], None] | None,
-) -> tuple[dict[int, Moments], tuple[Tensor, Tensor]]:
-    """Tile -> moments in the dense network, on evenly spread images if there are more than needed.
+) -> tuple[dict[int, Moments], tuple[int, int, int]]:
+    """Tile -> moments of the layer's pruned input and dense output, and the size of its first output.
 
-    Also the layer's input and output of the first batch.
+    If there are more outputs than needed, evenly spread images count.
     """
-    builders = {
-        tile: MomentsBuilder(conv.in_channels, conv.out_channels, tile, padding_of(conv), conv.weight.device)
-        for tile in tiles
-    }
+    n, c, device = conv.out_channels, conv.in_channels, conv.weight.device
+    builders = {tile: MomentsBuilder(c, n, tile, padding_of(conv), device) for tile in tiles}
     unknowns = max(builder.gram.shape[0] for builder in builders.values())
-    first: tuple[Tensor, Tensor] | None = None
-    stride, count = 1, 0
-    for index in range(networks.batches):
-        x = networks.capture(path, index, pruned=False, output=False)
-        y = networks.capture(path, index, pruned=False, output=True)
-        if first is None:
-            first = x, y.clone()  # what follows in the graph may write into it
-            samples = networks.batches * y.shape[0] * y.shape[2] * y.shape[3]
+    seen, stride, count = (0, 0, 0), 1, 0
+    for index in range(batches):
+        wanted = networks.capture(path, index, pruned=False, output=True)
+        if index == 0:
+            seen = (wanted.shape[0], wanted.shape[2], wanted.shape[3])
+            samples = batches * wanted[:, 0].numel()
             stride = max(1, samples // (SAMPLES_PER_UNKNOWN * unknowns))
+        x = networks.capture(path, index, pruned=True, output=False)
         skip = -count % stride
         count += len(x)
         for builder in builders.values():
-            builder.add(x[skip::stride], y[skip::stride])
+            builder.add(x[skip::stride], wanted[skip::stride])
         if on_step is not None:
             on_step(path)
-    assert first is not None
-    return {tile: builder.build() for tile, builder in builders.items()}, first
+    return {tile: builder.build() for tile, builder in builders.items()}, seen
 
 
-def _pruned_output(conv: nn.Conv2d, x: Tensor, dense: Tensor, entry: SitePlan, layer: LayerErrors) -> Tensor:
-    """The layer's output with the sampled filters pruned by ``entry`` and refitted, [N, n, H, W]."""
-    fitted = layer.refitted(entry)
-    W = tile_filters(fitted.U, entry.tile).float()
-    outputs = winograd_convolution(x.float(), W, fitted.bias, padding_of(conv), entry.tile)
-    pruned = dense.clone()
-    pruned[:, layer.filters.to(dense.device)] = outputs.to(dense.dtype)
-    return pruned
+def _probe(
+    entry: SitePlan, group: Sequence[SitePlan], layer: LayerErrors, U: Tensor, bias: Tensor
+) -> _Probe | None:
+    """The layer of weights U and ``bias`` with its sampled filters pruned less (or, at small ratios, more)."""
+    others = [other for other in group if other.kept_fraction not in (1, entry.kept_fraction)]
+    if not others:
+        return None
+    other = min(others, key=lambda other: abs(other.pr - PROBE_RATIO * entry.pr))
+    fitted = layer.refitted(other)
+    U, bias, filters = U.clone(), bias.clone(), layer.filters.to(U.device)
+    U[:, filters], bias[filters] = fitted.U, fitted.bias
+    gained = layer.refitted(entry).error ** 2 - fitted.error**2
+    return _Probe(U, bias, entry.tile, gained * layer.share)
+
+
+def _weights(
+    networks: Networks, index: int, probes: Mapping[str, _Probe | None]
+) -> dict[str, float | None]:
+    """Squared relative error of the network's output for each unit of each layer's, on batch ``index``."""
+    found: dict[str, float | None] = {}
+    expected: Any = None
+    change: float | None = None
+    for path, probe in probes.items():
+        conv = networks.module(path, pruned=True)
+        assert isinstance(conv, nn.Conv2d)
+        if expected is None:
+            y = networks.capture(path, index, pruned=False, output=True)
+            expected = networks.finish(path, index, y, pruned=False)
+        x = networks.capture(path, index, pruned=True, output=False)
+        if change is None:
+            change = output_change(expected, networks.finish(path, index, conv(x), pruned=True))
+        found[path] = None
+        if probe is None or change is None or probe.gained == 0:
+            continue
+        W = tile_filters(probe.U, probe.tile).float()
+        y = winograd_convolution(x.float(), W, probe.bias, padding_of(conv), probe.tile)
+        exchanged = output_change(expected, networks.finish(path, index, y, pruned=True))
+        found[path] = None if exchanged is None else (change - exchanged) / probe.gained
+    return found

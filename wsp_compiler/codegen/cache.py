@@ -1,5 +1,7 @@
 """The kernel cache on disk: one file per kernel, written atomically, checked when read.
 
+A few other things that take long to find out are kept there too, in files named "KIND-...".
+
 Many processes may use one directory at once. A damaged entry, an unreadable file or an unwritable directory
 costs a rebuild, never a failure. ``WSP_CACHE_DIR`` overrides the directory; an empty value turns it off.
 """

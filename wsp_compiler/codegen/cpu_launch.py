@@ -21,6 +21,7 @@ from wsp_compiler.codegen.cpu_slicing import Slicing, cut
 from wsp_compiler.codegen.cpu_threads import uses_openmp
 from wsp_compiler.codegen.cpu_winograd import ALL_STAGES, make_cpu_kernel
 from wsp_compiler.codegen.pack import CpuWeights, pack_cpu
+from wsp_compiler.codegen.schedule_keys import cache_sizes
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
 from wsp_compiler.codegen.tvm_import import tvm
@@ -28,6 +29,8 @@ from wsp_compiler.codegen.workspace import workspace
 from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
 
+STREAM_BYTES = 32 << 20
+"""Size of the last cache where the system does not say."""
 _pool = threading.local()
 _packed: WeakKeyDictionary[WinogradSite, dict[tuple[int, str, bool], CpuWeights]] = WeakKeyDictionary()
 
@@ -225,7 +228,13 @@ class CpuLayer:
     def _sizes(self, images: int, slices: Slicing) -> tuple[int, ...]:
         parts = (slices.v_part, slices.m_part, slices.scratch_part)
         shape = (slices.images, slices.rows, slices.ts)
-        return (*parts, images, *shape, self.weights.blocks, slices.workers)
+        return (*parts, images, *shape, self.weights.blocks, slices.workers, int(self._streams(images)))
+
+    def _streams(self, images: int) -> bool:
+        """True if the outputs of ``images`` images do not fit the last cache."""
+        height, width = self._output_size
+        last = max(cache_sizes(), default=STREAM_BYTES)
+        return 4 * images * self.spec.filters * height * width > last
 
     def _residual(self, residual: Tensor) -> Tensor:
         last = self.spec.output_channels_last

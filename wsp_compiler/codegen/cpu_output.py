@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wsp_compiler.codegen import cpu_stream
 from wsp_compiler.codegen.cpu_emit import (
     B,
     Buffer,
@@ -44,6 +45,7 @@ class OutputStage:
         bias, slope: float32, padded to whole vectors.
         R, residual_strides: the residual; Y, strides: the output; strides in elements, (n, c, h, w).
         O: scratch for outputs before they are reordered.
+        address, stream: of the output in bytes, and 1 to store past the caches; None if the kernel cannot.
     """
 
     geometry: Geometry
@@ -57,6 +59,8 @@ class OutputStage:
     Y: Buffer
     strides: Strides
     O: Buffer  # noqa: E741
+    address: Expression = None
+    stream: Expression = None
 
     def emit(
         self,
@@ -85,6 +89,9 @@ class OutputStage:
             high = let(T.min(last - vector * blocks, blocks))
             with B.serial(high - low) as step:
                 self._last(q, let(low + step), places)
+        if self.stream is not None:
+            with B.If(self.stream == 1), B.Then():
+                cpu_stream.fence()
 
     def _tiles(self, f: Expression, q: Expression, keep: Expression, stride: Expression) -> None:
         """A^T M A + bias of filter ``f`` for the tiles from ``q`` on, to O[(i*m + j) * stride + keep]."""
@@ -140,7 +147,14 @@ class OutputStage:
         with B.serial(m) as i, B.serial(m) as j:
             columns = transpose([load(self.O, (i * m + j) * L * L + f * L, L) for f in range(L)])
             if not rest:
-                self._store_columns(columns, i, j, f0, slope, places)
+                if self.stream is None:
+                    self._store_columns(columns, i, j, f0, slope, places)
+                    return
+                with B.If(self.stream == 1):
+                    with B.Then():
+                        self._store_columns(columns, i, j, f0, slope, places, past_caches=True)
+                    with B.Else():
+                        self._store_columns(columns, i, j, f0, slope, places)
                 return
             with B.If(block < spec.filters // L):
                 with B.Then():
@@ -157,6 +171,7 @@ class OutputStage:
         slope: Expression,
         places: list[tuple[Expression, Expression, Expression, Expression]],
         count: int | None = None,
+        past_caches: bool = False,
     ) -> None:
         """Store one pixel of every tile: ``count`` filters (by default a whole vector) from ``f0`` on."""
         L = self.geometry.config.lanes
@@ -170,14 +185,20 @@ class OutputStage:
                     own = range(offset, offset + lanes)
                     value = columns[lane] if lanes == L else self._part(columns[lane], own)
                     factor = slope if lanes == L else self._part(slope, own)
-                    self._finish(value, factor, to + offset, by + offset, lanes)
+                    self._finish(value, factor, to + offset, by + offset, lanes, past_caches)
 
     @staticmethod
     def _part(vector: Expression, lanes: range) -> Expression:
         return shuffle([vector], lanes)
 
     def _finish(
-        self, value: Expression, slope: Expression, to: Expression, by: Expression, lanes: int
+        self,
+        value: Expression,
+        slope: Expression,
+        to: Expression,
+        by: Expression,
+        lanes: int,
+        past_caches: bool = False,
     ) -> None:
         """+ residual, activation, store; ``to`` and ``by`` are int64 element offsets."""
         spec = self.geometry.spec
@@ -188,7 +209,10 @@ class OutputStage:
         if spec.residual:
             value = hold(value + to_float(self.R[at(by)], spec.dtype, lanes), lanes)
         value = hold(activate(value, spec.activation, slope, lanes), lanes)
-        B.buffer_store(self.Y, from_float(value, spec.dtype, lanes), [at(to)])
+        if past_caches:
+            cpu_stream.stream(self.address + to * 4, value)
+        else:
+            B.buffer_store(self.Y, from_float(value, spec.dtype, lanes), [at(to)])
 
     # planar images
 

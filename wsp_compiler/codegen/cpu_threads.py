@@ -106,7 +106,7 @@ def _launcher() -> tuple[object, int] | None:
 
 def _object() -> bytes:
     """The launcher's code, kept beside the kernels: compiling it takes importing TVM."""
-    key = cache_key(LAUNCHER, version("apache-tvm"), platform.machine())
+    key = "launcher-" + cache_key(LAUNCHER, version("apache-tvm"), platform.machine())
     entry = load(key)
     if entry is not None and "object" in entry:
         return entry["object"]

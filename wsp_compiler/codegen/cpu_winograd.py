@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from wsp_compiler.codegen.cpu_dot import instructions
+from wsp_compiler.codegen import cpu_dot, cpu_stream
 from wsp_compiler.codegen.cpu_emit import (
     B,
     Expression,
@@ -29,6 +29,7 @@ from wsp_compiler.codegen.cpu_gemm import GemmStage
 from wsp_compiler.codegen.cpu_geometry import Geometry
 from wsp_compiler.codegen.cpu_input import InputStage
 from wsp_compiler.codegen.cpu_output import OutputStage
+from wsp_compiler.codegen.cpu_stream import can_stream
 from wsp_compiler.codegen.expressions import STORAGE
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
 from wsp_compiler.codegen.tvm_import import IRBuilder, T
@@ -40,12 +41,13 @@ ADDRESSES = (
 )  # fmt: skip
 WIDE = ("v_part", "m_part", "scratch_part")
 STRIDES = tuple(f"{name}_{axis}" for name in ("x", "residual", "y") for axis in "nchw")
-NARROW = ("images", "slice_images", "slice_rows", "ts", "blocks", "workers")
+NARROW = ("images", "slice_images", "slice_rows", "ts", "blocks", "workers", "stream")
 PARAMETERS = (*ADDRESSES, *STRIDES, *WIDE, *NARROW)
 """Parameters of every kernel, in order: addresses, strides and sizes in elements as int64, counts as int32.
 
 ``v_part``, ``m_part`` and ``scratch_part`` are what one thread (or, with the stages apart, one slice) has of each;
-``slice_images`` > 1 only with ``slice_rows`` = all tile rows; ``ts`` as in the geometry; ``blocks`` of kept rows.
+``slice_images`` > 1 only with ``slice_rows`` = all tile rows; ``ts`` as in the geometry; ``blocks`` of kept rows;
+``stream`` = 1 stores outputs past the caches, in kernels that can.
 """
 
 
@@ -57,7 +59,11 @@ def make_cpu_kernel(
         B.func_name("winograd_cpu")
         B.func_attr({"tirx.noalias": True})
         given = {name: B.arg(name, T.int32() if name in NARROW else T.int64()) for name in PARAMETERS}
-        with instructions() if config.dot else contextlib.nullcontext():
+        with contextlib.ExitStack() as imported:
+            if config.dot:
+                imported.enter_context(cpu_dot.instructions())
+            if can_stream(spec, config) and "output" in stages:
+                imported.enter_context(cpu_stream.instructions())
             _Kernel(Geometry(spec, config), given, stages).emit(split)
     return builder.get()
 
@@ -149,6 +155,8 @@ class _Kernel:
                 Y=view(given["y"], STORAGE[item], size),
                 strides=tuple(given[f"y_{axis}"] for axis in "nchw"),
                 O=view(scratch + geometry.line * 4),
+                address=given["y"],
+                stream=given["stream"] if can_stream(spec, config) else None,
             )
             with B.serial(
                 quotient(ts, L)

@@ -79,7 +79,7 @@ def generator_digest(device_type: str) -> str:
     folder = pathlib.Path(__file__).parent
     paths = [path for pattern in GENERATORS[device_type] for path in sorted(folder.glob(pattern))]
     sources = {path.name: path.read_text(encoding="utf-8") for path in paths}
-    key = cache_key("digest of", *(part for source in sources.items() for part in source))
+    key = "digest-" + cache_key(*(part for source in sources.items() for part in source))
     entry = load(key)  # parsing takes long
     if entry is not None and "digest" in entry:
         return entry["digest"].decode()

@@ -70,7 +70,7 @@ def _remembered(question: str, ask: Callable[[], str]) -> str:
     machine = _machine()
     if machine is None:
         return ask()
-    key = cache_key("answer of LLVM", question, machine, version("apache-tvm"))
+    key = "llvm-" + cache_key(question, machine, version("apache-tvm"))
     entry = load(key)
     if entry is not None and "answer" in entry:
         return entry["answer"].decode()

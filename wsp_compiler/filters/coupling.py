@@ -42,7 +42,7 @@ class Coupling:
     values: dict[fx.Node, Tensor] = field(default_factory=dict[fx.Node, Tensor])
     filters: list[Filter] = field(default_factory=list[Filter])
     fixed: dict[int, str] = field(default_factory=dict[int, str])
-    ties: nx.Graph[int] = field(default_factory=nx.Graph)
+    ties: nx.Graph[int] = field(default_factory=lambda: nx.Graph())
     flat: set[fx.Node] = field(default_factory=set[fx.Node])
 
     @property
@@ -117,12 +117,12 @@ def _value(found: Coupling, node: fx.Node, operation: Operation, given: list[Ten
         return given[0]
     if kind == "flatten":
         found.flat.add(node)
-    sizes = {nn.BatchNorm2d: "num_features", nn.PReLU: "num_parameters"}
-    size = (
-        getattr(module, sizes.get(type(module), ""), len(given[0])) if module is not None else len(given[0])
-    )
-    fits = size in (1, len(given[0])) if isinstance(module, nn.PReLU) else size == len(given[0])
-    return given[0] if fits and kind in ("norm", "elementwise", "pool", "flatten") else None
+    fits = kind in ("norm", "elementwise", "pool", "flatten")
+    if isinstance(module, nn.BatchNorm2d):
+        fits = module.num_features == len(given[0])
+    elif isinstance(module, nn.PReLU):
+        fits = module.num_parameters in (1, len(given[0]))
+    return given[0] if fits else None
 
 
 def _convolution(found: Coupling, path: str, conv: nn.Conv2d, given: list[Tensor]) -> Tensor | None:

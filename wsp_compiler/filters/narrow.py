@@ -23,7 +23,7 @@ def merged(weight: Tensor, dim: int, fold: Fold) -> Tensor:
         return weight
     index, constant = fold.carrier
     ratios = (fold.constant / constant).to(weight)  # [C]
-    added = torch.tensordot(weight.movedim(dim, -1), ratios, 1)
+    added = weight.movedim(dim, -1) @ ratios
     result = weight.clone()
     result.select(dim, index).add_(added)
     return result

@@ -108,7 +108,7 @@ def find_removal(gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | Non
             groups.append(component)
         else:
             _explain(reasons, coupling, component, keep, why)
-    wanted = frozenset().union(*groups)
+    wanted = frozenset(number for group in groups for number in group)
     constants = constants_of(coupling, _biases(gm, plan, keep), wanted)
     changing = _changing(coupling, constants, wanted)
     for group in [group for group in groups if group & changing]:
@@ -116,7 +116,7 @@ def find_removal(gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | Non
             reasons, coupling, group, keep, "zero padding makes something else of their constants at borders"
         )
         groups.remove(group)
-    wanted = frozenset().union(*groups)
+    wanted = frozenset(number for group in groups for number in group)
     carriers, chosen = _carriers(coupling, plan, constants, groups, wanted)
     removal = Removal(coupling, wanted - carriers, reasons)
     for node, constant in constants_read(coupling, constants).items():

@@ -26,9 +26,9 @@ from wsp_compiler.plan import PruningPlan, choose_keep, site_times
 from wsp_compiler.pruning.base import Importance, kept_count
 from wsp_compiler.pruning.importance import IMPORTANCES
 from wsp_compiler.site_plan import SitePlan
-from wsp_compiler.sites import ConvSite
+from wsp_compiler.sites import ConvSite, padding_of
 from wsp_compiler.speed import SiteTimes, SpeedSource
-from wsp_compiler.winograd import transform_weight
+from wsp_compiler.winograd import FILTER_SIDE, transform_weight
 
 
 def settle_filters(
@@ -132,7 +132,7 @@ def tied_paths(coupling: Coupling, plan: PruningPlan) -> list[tuple[str, ...]]:
         if coupling.why_fixed(component, dict.fromkeys(pruned)) is not None:
             stuck |= paths
         elif len(component) > 1:
-            nx.add_path(together, sorted(paths))
+            cast("Any", nx).add_path(together, sorted(paths))
     groups = cast("list[set[str]]", list(cast("Any", nx).connected_components(together)))
     return [tuple(path for path in plan if path in group) for group in groups if not group & stuck]
 
@@ -174,14 +174,7 @@ def _choose_how(
 ) -> None:
     """Whether Winograd kernels or the vendor's library runs what is left, ``size`` = (filters, channels)."""
     path, (filters, channels) = site.path, size
-    smaller = nn.Conv2d(
-        channels,
-        filters,
-        conv.kernel_size,
-        padding=conv.padding,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )  # pyright: ignore[reportArgumentType]
+    smaller = nn.Conv2d(channels, filters, FILTER_SIDE, padding=padding_of(conv)).to(conv.weight)
     formats = tuple(
         replace(call, shape=(*call.shape[:-3], channels, *call.shape[-2:])) for call in site.formats
     )

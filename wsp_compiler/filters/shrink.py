@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -146,7 +147,7 @@ def _pruned_filters(conv: nn.Conv2d, entry: SitePlan, plan: PruningPlan) -> nn.C
 def spatial_filters(U: Tensor, tile: int) -> Tensor:
     """The filters [n, c, 3, 3], float64, whose Winograd weights are U [p*p, n, c] (or are nearest to U)."""
     G = transform(tile).tensor("G", torch.float64, U.device)
-    inverse = torch.linalg.pinv(torch.kron(G, G))  # pyright: ignore  [9, p*p]
+    inverse: Tensor = cast("Any", torch.linalg).pinv(torch.kron(G, G))  # [9, p*p]
     return (inverse @ U.double().flatten(1)).view(3, 3, *U.shape[1:]).permute(2, 3, 0, 1)
 
 
@@ -160,20 +161,21 @@ def _shrink_entry(
     """
     path, keep = entry.path, entry.keep
     stored = path in plan.refits or keep.shape[2] > 1
-    U, bias = plan.weights(path, conv) if stored else (None, None)
-    if U is not None:
-        U = torch.where(keep.to(U.device), U, torch.zeros_like(U))
+    weight, bias = plan.weights(path, conv) if stored else (None, None)
+    if weight is not None:
+        weight = torch.where(keep.to(weight.device), weight, torch.zeros_like(weight))
     if fold is not None:
         if keep.shape[2] > 1 and fold.carrier is not None:
             keep = keep.clone()
             silent = fold.constant == 0
             keep[..., fold.carrier[0]] |= (keep & ~silent).any(2)
         keep = keep.index_select(2, fold.stay) if keep.shape[2] > 1 else keep
-        U = None if U is None else merged(U, 2, fold).index_select(2, fold.stay.to(U.device))
+        if weight is not None:
+            weight = merged(weight, 2, fold).index_select(2, fold.stay.to(weight.device))
     keep = keep.index_select(1, filters) if keep.shape[1] > 1 else keep
     channels = entry.shape[2] if fold is None else len(fold.stay)
     plan.sites[path] = replace(entry, keep=keep, shape=(entry.shape[0], len(filters), channels))
-    if U is not None:
-        index = filters.to(U.device)
-        values = torch.zeros(entry.shape[1], device=U.device) if bias is None else bias.detach()
-        plan.refits[path] = SiteRefit.pack(U.index_select(1, index), values.index_select(0, index), keep)
+    if weight is not None:
+        index = filters.to(weight.device)
+        values = torch.zeros(entry.shape[1], device=weight.device) if bias is None else bias.detach()
+        plan.refits[path] = SiteRefit.pack(weight.index_select(1, index), values.index_select(0, index), keep)

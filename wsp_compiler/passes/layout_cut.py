@@ -144,7 +144,7 @@ def _conversions(gm: fx.GraphModule, last: frozenset[fx.Node]) -> Iterator[tuple
 
 def choose_layouts(gm: fx.GraphModule) -> Layouts:
     """The layouts that take the fewest copies and leave the least speed on the table."""
-    cut: Any = nx.DiGraph()
+    cut = cast("Any", nx).DiGraph()
     cut.add_nodes_from((_OWN, _LAST))
     for node in gm.graph.nodes:
         if is_free(node) or prefers(gm, node):

@@ -126,7 +126,8 @@ def unprune(model: nn.Module) -> tuple[nn.Module, PruningPlan] | None:
             )
         direction = "column" if keep.shape[1] == 1 and keep.shape[2] > 1 else "row"
         pruned = not bool(keep.all())
-        method = "dense" if not pruned else "fp" if keep.shape[0] == 1 else "wsp"
+        by_element = min(keep.shape[1:]) > 1
+        method = "dense" if not pruned else "fp" if keep.shape[0] == 1 else "wwp" if by_element else "wsp"
         shape = (int(layer.weight.shape[0]), n, c)
         entry = SitePlan(path, method, direction, layer.tile, 1 - float(keep.float().mean()), keep, shape)
         plan.sites[path] = entry

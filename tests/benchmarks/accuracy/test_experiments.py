@@ -31,7 +31,7 @@ def test_jobs_end_to_end(place: Workplace) -> None:
     jobs = [
         Job("methods", "resnet20", 0, "bwsp", 0.8),
         Job("outlook", "resnet20", 0, "mixed", 0.8, candidate=3),
-        Job("tiles", "resnet20", 0, "wsp", 0.5, importance="output", calibrated=True, tile=4),
+        Job("tiles", "resnet20", 0, "wsp", 0.5, importance="output", tile=4),
     ]
     for job in jobs:
         row = run_job(job, place)
