@@ -151,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
         "--cases",
         type=case_name,
         nargs="+",
-        default=["resnet18"],
-        help="groups (resnet18, vgg16, eight, superres, twelve) or single cases (64@56); default: resnet18",
+        help="groups (resnet18, vgg16, eight, superres, networks, twelve) or single cases (64@56); default: "
+        "resnet18, on the CPU eight",
     )
     made.add_argument(
         "--layout", choices=tuple(FORMATS), default="channels_last", help="of our input; default: %(default)s"
@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None, compile_function: CompileFuncti
         if given.json:
             record.save(given.json)
 
-    left = run(select(given.cases, given.batch), options, compile_function, done, given.budget)
+    cases = given.cases or ["eight" if given.device == "cpu" else "resnet18"]
+    left = run(select(cases, given.batch), options, compile_function, done, given.budget)
     print(table(record.rows))
     if left:
         print(f"the budget of {given.budget:g} s was spent: {left} cases were not started")

@@ -28,6 +28,8 @@ import wsp_compiler, wsp_compiler.runtime
 from benchmarks.arguments import DTYPES, prepare
 from benchmarks.network_models import build
 from wsp_compiler.codegen import cpu_launch, cuda_launch
+from wsp_compiler.codegen.tvm_import import tvm
+tvm.__version__  # imported at its first use
 given = json.loads(sys.argv[1])
 if given["threads"]: torch.set_num_threads(given["threads"])
 x = torch.randn(given["batch"], 3, given["size"], given["size"], device=given["device"], dtype=DTYPES[given["dtype"]])

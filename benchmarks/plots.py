@@ -95,12 +95,20 @@ def roofline(axes: Any, record: Record) -> None:
     points = [roofline_point(row) for row in rows]
     peak, bandwidth = CEILINGS[rows[0]["dtype"]], CEILINGS["copy"]
     most = 2 * max(intensity for intensity, _ in points)
-    least = min(1.0, min(intensity for intensity, _ in points) / 2)
     knee = peak / bandwidth
+    least = min(knee, *(intensity for intensity, _ in points)) / 3
     axes.plot([least, knee, max(most, knee)], [least * bandwidth, peak, peak], color="black", linewidth=1)
-    for row, (intensity, speed) in zip(rows, points, strict=True):
-        axes.scatter([intensity], [speed], s=14, color=COLOURS[0])
-        axes.annotate(row["name"], (intensity, speed), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    for index, (row, (intensity, speed)) in enumerate(zip(rows, points, strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
+        axes.scatter(
+            [intensity],
+            [speed],
+            s=18,
+            color=colour,
+            marker="os^"[index // len(COLOURS) % 3],
+            label=row["name"],
+        )
+    axes.legend(fontsize=6)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations of the direct convolution per byte")

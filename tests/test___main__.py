@@ -74,7 +74,8 @@ def test_compile_reports_and_writes_the_plan(capsys: pytest.CaptureFixture[str],
     assert "2 of 3 convolutions run as Winograd" in captured.out
     assert "a call on [1, 3, 10, 12] took" in captured.out
     plan = PruningPlan.from_json(file.read_text())
-    assert (plan["0"].pattern, plan["0"].pr, plan["0"].tile) == ("FP", 0.25, 2)
+    # four of 16 filters, and one whose place a carrier of constants has
+    assert (plan["0"].pattern, plan["0"].pr, plan["0"].tile) == ("FP", 5 / 16, 2)
     assert (plan["2"].pattern, plan["2"].pr, plan["2"].tile) == ("WSP-C", 0.5, 4)
 
 
@@ -137,6 +138,7 @@ MISTAKES = {
     "latency": ([SMALL, "--target-latency", "0"], "target_latency=0.0 is not a positive number"),
     "unknown times": ([SMALL, "--target-latency", "9"], "tune='fast', which measures them"),
     "precision": ([SMALL, "--precision", "tf32"], "use 'fp32' or 'bf16'"),
+    "importance": ([SMALL, "--method", "fp", "--importance", "hrank"], "pass calibration, or use another"),
     "target": ([SMALL, "--target", "gpu"], "unknown target 'gpu'"),
     "target JSON": ([SMALL, "--target", "{kind"], "malformed JSON"),
     "rule": ([SMALL, "--rule", "0"], "write 'REGEX:key=value,...'"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from wsp_compiler.sensitivity import fill, gain, output_change
+from wsp_compiler.sensitivity import LEAST_GAIN, REACH, gain, layer_weights, output_change
 
 
 def test_change_is_relative_to_the_energy_about_the_mean() -> None:
@@ -47,8 +49,23 @@ def test_gain_relates_the_networks_error_to_the_layers() -> None:
     assert gain(layer, other, torch.ones(4), torch.ones(4)) is None
 
 
-def test_unknown_gains_are_typical_and_none_vanishes() -> None:
-    assert fill({"a": 2.0, "b": None, "c": 4.0, "d": 3.0}) == {"a": 2.0, "b": 3.0, "c": 4.0, "d": 3.0}
-    assert fill({"a": 2.0, "b": 0.0, "c": 4.0})["b"] == pytest.approx(2e-3)
-    assert fill({"a": None, "b": None}) == {"a": 1.0, "b": 1.0}
-    assert fill({"a": 0.0}) == {"a": 1e-3}
+def test_layers_behind_make_up_for_errors() -> None:
+    weights = layer_weights({"a": 2.0, "b": 2.0, "c": 2.0})
+    assert list(weights) == ["a", "b", "c"]
+    assert weights["c"] == 2.0
+    assert weights["b"] == pytest.approx(2 * math.exp(-1 / REACH))
+    assert weights["a"] == pytest.approx(2 * math.exp(-2 / REACH))
+
+
+@pytest.mark.parametrize(
+    ("gains", "last"),
+    [
+        ({"a": 2.0, "b": 4.0, "c": 3.0, "d": None}, 3.0),
+        ({"a": 2.0, "b": 2.0, "c": 0.0}, 2.0 * LEAST_GAIN),
+        ({"a": None, "b": None}, 1.0),
+        ({"a": 0.0}, LEAST_GAIN),
+    ],
+)
+def test_unknown_gains_are_typical_and_none_vanishes(gains: dict[str, float | None], last: float) -> None:
+    assert layer_weights(gains)[list(gains)[-1]] == pytest.approx(last)
+    assert layer_weights({}) == {}

@@ -175,7 +175,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def run_compile(arguments: argparse.Namespace) -> None:
     """Compile a model, run it once, and say what became of it."""
     names = ("method", "direction", "tile", "block", "precision", "check", "keep_slower", "tune")
-    names += ("pr_scope", "target_latency")
+    names += ("pr_scope", "target_latency", "importance")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options["rules"] = [parse_rule(text) for text in arguments.rule]
     options["target"], shape = parse_target(arguments.target), parse_shape(arguments.shape)
@@ -217,6 +217,9 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--pr", type=float, default=0.8, help="share of weights to remove (default 0.8)")
     make.add_argument("--method", default="abwsp", help=f"{', '.join(METHOD_CHOICES)} (default abwsp)")
     make.add_argument("--direction", default="row", help=", ".join(DIRECTIONS))
+    make.add_argument(
+        "--importance", default="output", help="criterion: output (default), l2, l1 or fpgm (hrank needs data)"
+    )
     make.add_argument(
         "--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)"
     )

@@ -1,7 +1,7 @@
 """``compile``: the whole compiler, one stage after the other.
 
 nn.Module -trace-> TracedModel -collect_sites-> sites -make_plan-> PruningPlan
-          -run_pipeline-> lowered graphs -emit-> CompiledModule
+          -shrink-> smaller graphs -run_pipeline-> lowered graphs -emit-> CompiledModule
 """
 
 from __future__ import annotations

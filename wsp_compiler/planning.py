@@ -21,9 +21,9 @@ from wsp_compiler.budget.candidates import free_paths, grid_candidates, kind_of,
 from wsp_compiler.budget.drop import largest_within
 from wsp_compiler.budget.front import Front, Option, multiplies_front, time_front
 from wsp_compiler.budget.latency import fit_latency
-from wsp_compiler.budget.predict import PROBE_RATIO, Prediction, predict, predict_from_weights
+from wsp_compiler.budget.predict import Prediction, RoughPass, predict_from_weights, rough_pass
 from wsp_compiler.budget.times import candidate_times
-from wsp_compiler.calibration import calibrate, exact_float32
+from wsp_compiler.calibration import calibrate, exact_float32, networks_of
 from wsp_compiler.errors import BudgetError, OptionError
 from wsp_compiler.filters.coupling import couple
 from wsp_compiler.filters.feature_ranks import feature_ranks
@@ -44,6 +44,10 @@ from wsp_compiler.sites import ConvSite
 from wsp_compiler.speed import SpeedSource
 from wsp_compiler.trace import Call, TracedModel
 
+FINE_STEP = 0.025
+"""Candidates close to even ratios."""
+TRIAL_NOISE = 1.03
+"""Uneven ratios are taken unless their roughly calibrated network has more error than the even one's by this factor."""
 TYPICAL_RATIO = 0.5
 """Around which errors are predicted if pr=0 is given with a budget that does not read it."""
 
@@ -132,11 +136,15 @@ class Planner:
                 networks = networks_of(self.traced, self.calls)
                 order = [path for path, _ in networks.order(plan) if path in filters]
                 scores = feature_ranks(
-                    networks, self.traced.units, order, lambda path: advance(f"ranking feature maps of {path}")
+                    networks,
+                    self.traced.units,
+                    order,
+                    lambda path: advance(f"ranking feature maps of {path}"),
                 )
         return settle_filters(
-            plan, self.traced.units, self.sites, self.convolutions, self.options, self.speed, scores
-        )
+            plan, self.traced.units, self.sites, self.convolutions, self.options, self.speed, scores,
+            calibrated=self.calls is not None,
+        )  # fmt: skip
 
     def _base(self, *, budget: bool = False) -> PruningPlan:
         """Every layer at the same ratio; with data "abwsp" begins with "wsp", which keeps most.
@@ -153,7 +161,8 @@ class Planner:
 
     def _grid(self, base: PruningPlan, methods: Sequence[str] = ()) -> dict[str, list[SitePlan]]:
         """The candidates of every layer that shares the budget: of ``methods``, else of the base plan's pattern."""
-        extra = (self.options.pr,)
+        pr = self.options.pr
+        extra = (pr, max(0.0, pr - FINE_STEP), min(0.99, pr + FINE_STEP))
         return {
             path: grid_candidates(
                 path, self.convolutions[path], self.options, methods or (base[path].method,), extra
@@ -161,18 +170,16 @@ class Planner:
             for path in free_paths(base, self.options)
         }
 
-    def _predictions(
-        self, base: PruningPlan, candidates: Mapping[str, Sequence[SitePlan]]
-    ) -> dict[str, Prediction]:
-        """What each candidate adds to the error of the network's output."""
+    def _predictions(self, base: PruningPlan, candidates: Mapping[str, Sequence[SitePlan]]) -> RoughPass:
+        """What each candidate adds to the error of the network's output; with data, the error of ``base`` too."""
         if self.calls is None:
-            return predict_from_weights(candidates, self.convolutions)
+            return RoughPass(predict_from_weights(candidates, self.convolutions), None)
         with (
-            progress("predicting errors", len(candidates) * len(self.calls)) as advance,
+            progress("predicting errors", len(base) * len(self.calls)) as advance,
             exact_float32(),
             torch.no_grad(),
         ):
-            return predict(
+            return rough_pass(
                 self.traced,
                 base,
                 candidates,
@@ -182,13 +189,17 @@ class Planner:
             )
 
     def _global(self, base: PruningPlan) -> PruningPlan:
-        """Least error at ``pr`` over all layers together."""
-        front = self._multiplies_front(base)
+        """Least error at ``pr`` over all layers together; but even ratios if a trial says that others are worse."""
+        found = self._predictions(base, self._grid(base))
+        front = self._multiplies_front(base, found.predictions)
         plan = front.plan(within_ratio(front, self.options.pr))
+        if found.change is not None:
+            tried = self._predictions(plan, {})
+            if tried.change is None or tried.change > TRIAL_NOISE * found.change:
+                plan = base
         return self._without_slower(self._balanced(plan))
 
-    def _multiplies_front(self, base: PruningPlan) -> Front:
-        predictions = self._predictions(base, self._grid(base))
+    def _multiplies_front(self, base: PruningPlan, predictions: Mapping[str, Prediction]) -> Front:
         seen = {path: found.seen for path, found in predictions.items() if found.seen is not None}
         sizes = {site.path: output_sizes(site, seen) for site in self.sites if site.path in predictions}
         for path, known in sizes.items():
@@ -209,7 +220,7 @@ class Planner:
         times = candidate_times(candidates, sites, self.convolutions, self.speed)
         if any(us is None or dense is None for us, dense in times.values()):
             return None
-        return time_front(base, self._predictions(base, candidates), times)
+        return time_front(base, self._predictions(base, candidates).predictions, times)
 
     def _within_latency(self, target: float, measure: Callable[[PruningPlan], float]) -> PruningPlan:
         front = self._time_front()
@@ -224,7 +235,8 @@ class Planner:
     def _within_drop(self, most: float, drop_of: Callable[[PruningPlan], float]) -> PruningPlan:
         front = self._time_front() if self.speed is not None else None
         if front is None:
-            front = self._multiplies_front(self._base(budget=True))
+            base = self._base(budget=True)
+            front = self._multiplies_front(base, self._predictions(base, self._grid(base)).predictions)
 
         def prepared(chosen: Mapping[str, Option]) -> PruningPlan:
             return self.calibrated(front.plan(chosen))
@@ -236,7 +248,7 @@ class Planner:
         if self.options.method != "abwsp" or self.calls is None or self.speed is None:
             return plan
         known = {site.path: site for site in self.sites}
-        pairs: dict[str, tuple[SitePlan, ...]] = {}
+        pairs: dict[str, tuple[SitePlan, SitePlan]] = {}
         times: dict[str, Pair | None] = {}
         for path in free_paths(plan, self.options):
             rule, conv = self.options.rule_for(path), self.convolutions[path]
@@ -244,16 +256,14 @@ class Planner:
                 continue
             options = replace(self.options, method="bwsp", pr=plan[path].pr, tile=plan[path].tile)
             (other,) = site_candidates(path, conv, rule, options)
-            less = replace(options, method="wsp", pr=PROBE_RATIO * plan[path].pr)  # to measure weights with
-            pairs[path] = plan[path], other, *site_candidates(path, conv, rule, less)
+            pairs[path] = plan[path], other
             us = [
-                site_times(entry, known[path], conv, self.speed, dense=False).pruned
-                for entry in pairs[path][:2]
+                site_times(entry, known[path], conv, self.speed, dense=False).pruned for entry in pairs[path]
             ]
             times[path] = None if us[0] is None or us[1] is None else (us[0].us, us[1].us)
         if not any(pair is not None and pair[0] >= BALANCE_GAIN * pair[1] for pair in times.values()):
             return plan
-        predictions = self._predictions(plan, pairs)
+        predictions = self._predictions(plan, pairs).predictions
         errors = {path: (found.errors[0], found.errors[1]) for path, found in predictions.items()}
         chosen = choose_patterns(errors, times)
         balanced = {path: predictions[path].entries[1] for path, method in chosen.items() if method == "bwsp"}

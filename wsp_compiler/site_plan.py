@@ -26,7 +26,7 @@ class SitePlan:
     Attributes:
         path: module path of the convolution.
         method, direction, tile: pattern and output tile side; direction is "row" where it has no meaning.
-        pr: the share that was asked for.
+        pr: the share that was asked for; for "fp" more, where a pruned filter's channel has to stay as a carrier.
         block: rows are balanced within groups of so many filters; None: within each position (or not at all).
         keep: bool, broadcastable to [p*p, n, c], True = kept, in the original filter order. Whole rows or whole
             columns, but for method "wwp", which keeps single elements.

@@ -125,10 +125,18 @@ def test_of_equal_accuracies_the_faster_is_best() -> None:
 
 
 def test_a_refit_makes_winners_better() -> None:
-    plain, fitted = search(beta=1), search(beta=1, refit=True)
+    plain, fitted = search(beta=1), search(beta=1, refit="layers")
     a, b = plain.run(), fitted.run()
     assert a.best.methods == b.best.methods
     assert a.best.accuracy is not None
     assert b.best.accuracy is not None
     assert b.best.accuracy > a.best.accuracy + 0.5
     assert set(b.plan.refits) == set(b.best.methods)
+
+
+def test_candidates_can_be_judged_as_refitted() -> None:
+    """Then nothing changes for a winner that is not trained."""
+    found = search(beta=1, refit="candidates").run()
+    assert found.best.accuracy == found.best.outlook
+    assert set(found.plan.refits) == set(found.best.methods)
+    assert found.best.outlook > search(beta=1).run().best.outlook + 0.5

@@ -179,6 +179,8 @@ def test_a_finished_search_is_read_and_can_be_prolonged(tmp_path: Path) -> None:
         ({"beta": 1.0}, "beta=1.0"),
         ({"samples": 0}, "samples=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"refit": True}, "refit=True is none of 'layers', 'candidates' and False"),
+        ({"refit": "all"}, "refit='all'"),
         ({"finetune": 3}, "finetune is a int"),
         ({"importance": "l3"}, "unknown importance"),
         ({"tile": 3}, "unknown tile"),

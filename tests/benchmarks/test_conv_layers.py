@@ -96,7 +96,10 @@ def test_one_failing_case_does_not_end_the_others(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cases", "alexnet"], "unknown case 'alexnet'; known: resnet18, vgg16, eight, superres, twelve"),
+        (
+            ["--cases", "alexnet"],
+            "unknown case 'alexnet'; known: resnet18, vgg16, eight, superres, networks, twelve",
+        ),
         (["--pr", "80"], "'80' is not a fraction in [0, 1)"),
         (["--batch", "0"], "'0' is not a positive integer"),
         (["--device", "cpu", "--dtype", "fp16"], "--dtype fp16 is not timed on --device cpu"),

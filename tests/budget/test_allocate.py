@@ -40,7 +40,10 @@ def test_against_trying_everything(seed: int, whole: bool) -> None:
         chosen = allocate(layers, budget)
         assert chosen is not None
         assert total_cost(layers, chosen) <= budget + 1e-9
-        assert total_error(layers, chosen) <= best_of_all(layers, budget + 1e-9 - 0.01 * (budget - least)) + 1e-12
+        assert (
+            total_error(layers, chosen)
+            <= best_of_all(layers, budget + 1e-9 - 0.01 * (budget - least)) + 1e-12
+        )
 
 
 def test_the_limits() -> None:

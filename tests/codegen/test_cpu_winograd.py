@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from wsp_compiler.codegen.build import lower
 from wsp_compiler.codegen.cpu_configs import default_config
 from wsp_compiler.codegen.cpu_winograd import ALL_STAGES, make_cpu_kernel
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec
-from wsp_compiler.codegen.targets import cpu_target
+from wsp_compiler.codegen.targets import cpu_target, usable_lanes
 from wsp_compiler.codegen.tvm_import import tvm
 from wsp_compiler.runtime import CompiledModule
 
@@ -180,6 +181,22 @@ def test_the_avx2_code_runs_and_is_right():
         assert "%ymm" in code
         assert "%zmm" not in code
         assert "vfmadd" in code
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), [("x86-64", 4), ("x86-64-v3", 8), ("x86-64-v4", 16)])
+def test_ragged_shapes_on_every_instruction_set(cpu: str, lanes: int):
+    """What this machine's own CPU model adds to them is run by all other tests."""
+    if platform.machine() not in ("x86_64", "AMD64") or lanes > usable_lanes():
+        pytest.skip("this machine does not run them")
+    for (n, c, height, width, padding), tile in zip(RAGGED, (2, 4, 2, 4, 2), strict=True):
+        conv = nn.Conv2d(c, n, 3, padding=padding).eval()  # type: ignore[arg-type]
+        compiled = compile_all(conv, 0.6, tile=tile, target={"kind": "llvm", "mcpu": cpu})
+        x = torch.randn(2, c, height, width)
+        x = x.contiguous(memory_format=torch.channels_last) if n % 2 else x
+        expected = pruned_convolution(x, conv, compiled.plan[""].keep, tile)
+        assert_close(compiled(x), expected, TOLERANCE["fp32", tile])
+        (layer,) = compiled.layers()
+        assert layer.target.lanes == lanes
 
 
 @pytest.mark.parametrize("stages", [ALL_STAGES, *((stage,) for stage in ALL_STAGES)])

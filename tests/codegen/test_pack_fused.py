@@ -20,6 +20,7 @@ from wsp_compiler.codegen.pack_fused import (
 )
 from wsp_compiler.codegen.position_scales import INPUT_GROWTH, OUTPUT_SCALE, POSITION_SCALES, input_scale
 from wsp_compiler.codegen.spec import FusedConfig
+from wsp_compiler.errors import OptionError
 
 from .emulation import Case, make_case
 
@@ -181,3 +182,9 @@ def test_a_filter_of_large_weights_leaves_the_others_their_precision(tile: int) 
     others = torch.arange(64) != 5
     assert torch.equal(after[others], before[others])
     assert float(after[5]) > 100 * float(before[5])
+
+
+def test_too_few_rows_are_refused() -> None:
+    case = make_case(filters=64, channels=32, method="wsp", pr=0.2, dtype="float16", precision="fp16")
+    with pytest.raises(OptionError, match="kept rows in a group"):
+        pack_fused(case.site, case.spec, FusedConfig(2, 8, 1, 16))

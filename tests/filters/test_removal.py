@@ -141,6 +141,14 @@ def test_constants_that_a_padded_grouped_convolution_reads_stay() -> None:
     assert "zero padding" in removal.reasons["b"]
 
 
+def test_before_calibration_every_constant_counts() -> None:
+    model = Pair([-1.0] * 6)
+    traced, plan = planned(model, *ONLY_A, importance="l2")
+    gm = traced.units[""]
+    assert find_removal(gm, plan).sizes(gm) == {"a": (3, 3), "b": (4, 3)}
+    assert find_removal(gm, plan, loud=True).sizes(gm) == {"a": (4, 3), "b": (4, 4)}
+
+
 def test_sizes() -> None:
     model = randomised(Residual())
     traced, plan = planned(model)

@@ -120,6 +120,20 @@ def test_other_methods_are_left_as_they_are() -> None:
     assert settle_filters(plan, traced.units, sites, found, options) is plan
 
 
+def test_calibration_will_need_a_carrier() -> None:
+    """Pruned filters will emit means: room is made for one of them, whatever they emit now."""
+    model = randomised(Residual())
+    with torch.no_grad():
+        model.a_norm.bias.fill_(-40.0)  # type: ignore[union-attr, operator]
+    traced = trace(model)
+    sites, found = collect_sites(traced), convolutions(model)  # type: ignore[arg-type]
+    options = CompileOptions(method="fp", pr=0.5, channel_threshold=0)
+    plan = make_plan(sites, found, options)
+    for calibrated, kept in ((False, 3), (True, 2)):
+        result = settle_filters(plan, traced.units, sites, found, options, calibrated=calibrated)
+        assert int(result["a"].keep.sum()) == kept
+
+
 def test_scores_of_ones_own() -> None:
     model = randomised(Residual())
     traced = trace(model)

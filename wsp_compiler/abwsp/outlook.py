@@ -54,13 +54,14 @@ class Networks:
         plain = replace(plan, refits={}, norms={})
         return calibrate(trace(self.model, self.example_inputs), plain, self.calls, choose=False)
 
-    def outlook(self, choices: Choices, assignment: str) -> float:
-        """Outlook accuracy of an assignment: prune, adapt the batch norms, evaluate.
+    def outlook(self, choices: Choices, assignment: str, refit: bool = False) -> float:
+        """Outlook accuracy of an assignment: prune, adapt the batch norms (or :meth:`refitted`), evaluate.
 
         Raises:
             EvaluationError: eval_fn raises or returns no finite number.
         """
-        _, module = self.adapted(choices.plan(assignment))
+        plan = choices.plan(assignment)
+        module = self.build(self.refitted(plan)) if refit else self.adapted(plan)[1]
         return self.accuracy(module, f"the candidate {assignment or '(no choice)'}")
 
     def accuracy(self, module: nn.Module, what: str) -> float:

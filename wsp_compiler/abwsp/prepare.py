@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from wsp_compiler.abwsp.choices import Choices, LayerPair
 from wsp_compiler.abwsp.ranks import Ranks
 from wsp_compiler.activations import device_and_dtype
+from wsp_compiler.calibration import exact_float32, fit_site, networks_of
 from wsp_compiler.clone import named_modules
 from wsp_compiler.options import CompileOptions
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.planning import Planner
+from wsp_compiler.progress import progress
 from wsp_compiler.sites import ConvSite, collect_sites
 from wsp_compiler.speed import SpeedSource
 from wsp_compiler.trace import Call, TracedModel, trace
@@ -34,7 +38,7 @@ class Preparation:
         options: of both plans; the method is set here.
         calls: calibration inputs.
         example_inputs: give the layers' shapes.
-        refit: fit the kept weights of both plans on the calibration inputs.
+        refit: fit the kept weights of both plans on the calibration inputs, each layer for itself.
         target: where times are measured, see :func:`wsp_compiler.compile`.
         given_times: times to use instead.
     """
@@ -74,11 +78,35 @@ class Preparation:
                 self._convolutions(),
                 replace(self.options, method=method, pr_scope="layer"),
                 speed,
-                self.calls if self.refit else None,
             ).make()
             for method in METHODS
         )
-        return wsp, bwsp
+        return (self._fitted(traced, wsp), self._fitted(traced, bwsp)) if self.refit else (wsp, bwsp)
+
+    def _fitted(self, traced: TracedModel, plan: PruningPlan) -> PruningPlan:
+        """``plan`` with every layer fitted to what it receives in the dense network.
+
+        Fitted one after the other, as calibration does, layers make up for the errors of those before them, and are of
+        no use behind others: such candidates have an outlook that says little.
+        """
+        result = replace(plan, sites=dict(plan.sites), errors=dict(plan.errors))
+        with (
+            progress("fitting layers", len(plan) * len(self.calls)) as advance,
+            exact_float32(),
+            torch.no_grad(),
+        ):
+            networks = networks_of(traced, self.calls)
+            for path, is_convolution in networks.order(plan):
+                if not is_convolution:
+                    continue
+                conv, entry = networks.module(path, pruned=False), plan[path]
+                assert isinstance(conv, nn.Conv2d)
+                choose = self.options.importance == "output" and entry.method in METHODS
+                entry, fitted, error = fit_site(
+                    networks, conv, entry, choose, partial(advance, f"fitting {path}")
+                )
+                result.sites[path], result.refits[path], result.errors[path] = entry, fitted, error
+        return result
 
     def _times(
         self, plans: tuple[PruningPlan, PruningPlan], sites: tuple[ConvSite, ...]

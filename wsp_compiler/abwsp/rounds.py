@@ -34,7 +34,7 @@ class Search:
         alpha: percent of the candidates, best outlook first, among which balanced speedup decides.
         beta, samples: number of rounds, and of candidates per round.
         finetune: see :data:`~wsp_compiler.abwsp.finetuning.Finetune`.
-        refit: fit a winner's weights on its own network before it is fine-tuned.
+        refit: see :func:`wsp_compiler.search`.
         seed: of all that is drawn.
         state, folder: what is known, and where it is kept.
         on_step: called with a text before each candidate and each fine-tuning.
@@ -46,7 +46,7 @@ class Search:
     beta: int
     samples: int
     finetune: Finetune
-    refit: bool
+    refit: str | bool
     seed: int
     ranks: Ranks
     state: SearchState
@@ -82,7 +82,7 @@ class Search:
                     return None
                 name = turn[self.ranks.rank]
                 with seeded(self.seed, "outlook", name):
-                    return self.networks.outlook(self.choices, name)
+                    return self.networks.outlook(self.choices, name, self.refit == "candidates")
 
             for name, value in zip(turn, self.ranks.all(work), strict=False):
                 assert value is not None

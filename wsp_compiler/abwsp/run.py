@@ -47,7 +47,7 @@ class Request:
     beta: int = ROUNDS
     samples: int = SAMPLES
     finetune: Finetune = None
-    refit: bool = True
+    refit: str | bool = "layers"
     state: str | Path | None = None
     seed: int = 0
     example_inputs: Any = None
@@ -135,7 +135,8 @@ def _begin(
     with seeded(request.seed, "dense"):
         dense = ranks.first(lambda: evaluate(request.eval_fn, dense_copy(model), "the dense model"))
     preparation = Preparation(
-        model, request.options, networks.calls, networks.example_inputs, request.refit, request.target, request.times
+        model, request.options, networks.calls, networks.example_inputs, bool(request.refit), request.target,
+        request.times,
     )  # fmt: skip
     choices = preparation.choices(ranks)
     if not choices.wsp and not choices.bwsp and not request.may_be_dense:

@@ -21,6 +21,8 @@ from wsp_compiler.options import CompileOptions, PruneRule
 if TYPE_CHECKING:
     from wsp_compiler.speedup import BalancedSpeedup
 
+REFITS = ("layers", "candidates")
+
 
 def search(
     model: nn.Module,
@@ -32,7 +34,7 @@ def search(
     beta: int = ROUNDS,
     samples: int = SAMPLES,
     finetune: Finetune = None,
-    refit: bool = True,
+    refit: str | bool = "layers",
     state: str | Path | None = None,
     seed: int = 0,
     example_inputs: Any = None,
@@ -66,8 +68,9 @@ def search(
         finetune: a function that trains the module it gets and returns it or None (with several processes it gets a
             DistributedDataParallel), or settings of :func:`wsp_compiler.finetune` such as
             ``{"data": loader, "steps": 1000}``, or None.
-        refit: least-squares refit of the kept weights: once of the two uniform plans, which candidates take their
-            layers from, and of every winner. False prunes only, as the paper does.
+        refit: least-squares refit of the kept weights. "layers": every layer once under both patterns, each for itself,
+            which candidates are put together from, and every winner as the network that it is. "candidates": every
+            candidate as the network that it is; takes a calibration each, and tells most. False: none, as in the paper.
         state: folder that the search is kept in after every candidate; a search that finds its own state there goes
             on from it, and ends with what it would have ended with.
         seed: of all that is drawn here and by eval_fn and finetune (Python's, numpy's and PyTorch's generators).
@@ -93,6 +96,7 @@ def search(
         block=block, keep_slower=keep_slower, tune=tune,
     )  # fmt: skip
     _check(alpha, beta, samples, seed)
+    _check_refit(refit)
     check_finetune(finetune)
     if not callable(eval_fn):
         raise OptionError(
@@ -120,6 +124,15 @@ def _check(alpha: Any, beta: Any, samples: Any, seed: Any) -> None:
                 where="search",
                 fix=f"give {least} or more",
             )
+
+
+def _check_refit(refit: Any) -> None:
+    if refit is not False and (not isinstance(refit, str) or refit not in REFITS):
+        raise OptionError(
+            f"refit={refit!r} is none of {', '.join(map(repr, REFITS))} and False",
+            where="search",
+            fix='"layers" is the default',
+        )
 
 
 def _pairs(times: Mapping[str, BalancedSpeedup]) -> dict[str, LayerPair]:

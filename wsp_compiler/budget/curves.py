@@ -20,8 +20,6 @@ from wsp_compiler.site_plan import SitePlan
 
 MOST_FILTERS = 64
 """Filters of a layer that stand for all."""
-REFIT_AT = (0.9, 0.5, 0.2, 0.08)
-"""Kept shares near which candidates are refitted."""
 REFIT_STEPS = 15
 """Of conjugate gradients: an estimate, not the result."""
 
@@ -54,18 +52,18 @@ class LayerErrors:
     Args:
         moments: of the layer's input and the wanted output.
         U: [p*p, n, c], its Winograd weights before pruning; F(m x m, 3x3) as in the moments.
+        typical: kept share around which predictions matter most.
 
     Attributes:
         filters: numbers of the filters that are looked at.
-        share: of the output's variance that these have.
     """
 
-    def __init__(self, moments: Moments, U: Tensor) -> None:
+    def __init__(self, moments: Moments, U: Tensor, typical: float) -> None:
         self.filters = sample_filters(moments)
         self._moments = of_filters(moments, self.filters)
         self._U = U[:, self.filters.to(U.device)].to(moments.gram)  # [p*p, filters, c]
         self._energy = max(float(self._moments.variance.sum()), 1e-30)
-        self.share = self._energy / max(float(moments.variance.sum()), 1e-30)
+        self._refit_at = ((1 + typical) / 2, typical, typical / 2)
         self._fits: dict[int, tuple[SitePlan, Refit]] = {}  # by identity
 
     def without_refit(self, entry: SitePlan) -> float:
@@ -93,7 +91,7 @@ class LayerErrors:
         pruned = [index for index, entry in enumerate(entries) if entry.kept_fraction < 1 and raw[index] > 0]
         anchors = {
             min(pruned, key=lambda index: abs(entries[index].kept_fraction - share))
-            for share in REFIT_AT
+            for share in self._refit_at
             if pruned
         }
         points = sorted(  # (kept share, log of what refitting leaves)

@@ -33,7 +33,9 @@ def ladder(front: Front, levels: int = LEVELS) -> list[dict[str, Option]]:
         if chosen is None:  # rounding at the last
             chosen = front.chosen(front.least)
         assert chosen is not None
-        prunes = any(option.entry is not None and option.entry.kept_fraction < 1 for option in chosen.values())
+        prunes = any(
+            option.entry is not None and option.entry.kept_fraction < 1 for option in chosen.values()
+        )
         if prunes and (not rungs or any(chosen[path] is not rungs[-1][path] for path in chosen)):
             rungs.append(chosen)
     return rungs

@@ -2,22 +2,23 @@
 
 One pass over the calibration data, layer by layer, as calibration does it but roughly: every layer sees what an
 evenly pruned network sends it. The moments of one layer at a time are held, those of both tiles where both are
-candidates. Then each layer's weight is measured (wsp_compiler/sensitivity.py). Errors of several layers are taken
-to add up, weight times squared relative error: a model around even ratios, good to compare plans with.
+candidates. Errors of several layers are taken to add up, each layer's weight (wsp_compiler/sensitivity.py) times its
+squared relative error: a model around even ratios, good to compare plans with. Plans that matter are tried: the
+same pass says how far a roughly calibrated network is from the dense one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from wsp_compiler.activations import Networks
-from wsp_compiler.budget.candidates import by_kind, kind_of
+from wsp_compiler.budget.candidates import by_kind
 from wsp_compiler.budget.curves import REFIT_STEPS, LayerErrors
+from wsp_compiler.budget.thinning import SAMPLES_PER_UNKNOWN, thinned
 from wsp_compiler.calibration import networks_of, norm_statistics, use_weights
 from wsp_compiler.errors import InputError
 from wsp_compiler.plan import PruningPlan, choose_keep
@@ -25,19 +26,11 @@ from wsp_compiler.pruning.base import Importance
 from wsp_compiler.pruning.moments import Moments, MomentsBuilder
 from wsp_compiler.pruning.output_aware import MeasuredEnergy, relative_error
 from wsp_compiler.pruning.refit import refit
-from wsp_compiler.sensitivity import fill, output_change
+from wsp_compiler.sensitivity import gain, layer_weights, output_change
 from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import padding_of
 from wsp_compiler.trace import Call, TracedModel
 from wsp_compiler.winograd import transform_weight
-from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
-
-SAMPLES_PER_UNKNOWN = 24
-"""Enough outputs per unknown to predict errors from: of more data only some images are used."""
-PROBE_IMAGES = 4
-"""Of the first batch, on which weights are measured."""
-PROBE_RATIO = 0.7
-"""A layer's weight is measured by pruning it this much less."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +64,19 @@ def predict_from_weights(
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """One layer that can be exchanged: its weights [p*p, n, c] and bias, and what the exchange does to its error."""
+class RoughPass:
+    """What one rough calibration finds.
 
-    U: Tensor
-    bias: Tensor
-    tile: int
-    gained: float
+    Attributes:
+        predictions: of those layers that have candidates and that the model calls.
+        change: squared error of the network's output, as a share of its energy; None where outputs do not compare.
+    """
+
+    predictions: dict[str, Prediction]
+    change: float | None
 
 
-def predict(
+def rough_pass(
     traced: TracedModel,
     base: PruningPlan,
     candidates: Mapping[str, Sequence[SitePlan]],
@@ -88,79 +84,103 @@ def predict(
     *,
     choose: bool = True,
     on_step: Callable[[str], None] | None = None,
-) -> dict[str, Prediction]:
-    """With data: errors after refitting, weighted by what they do to the network's output.
+) -> RoughPass:
+    """Calibrate ``base`` roughly, and predict on the way what other plans of its layers would do.
 
     Args:
         traced: a model in eval mode, its graphs before any pass; not modified.
-        base: the even plan around which errors are predicted.
-        candidates: path in ``base`` -> what the convolution can become.
+        base: the plan around which errors are predicted.
+        candidates: path in ``base`` -> what the convolution can become; may be empty.
         calls: the inputs.
-        choose: let candidates keep what adds most measured energy; else they keep what they come with.
+        choose: choose what is kept by measured energy; else the entries keep what they come with.
         on_step: called with the path after every batch of every layer.
-
-    Returns:
-        Predictions of those layers that the model calls.
     """
-    networks, batches = _networks(traced, calls)
+    try:
+        fitted_to, probe = thinned(traced, base, calls)
+        return _rough_pass(traced, base, candidates, fitted_to, probe, choose, on_step)
+    except InputError:  # a model that does not take a part of a batch, or data that is at fault
+        return _rough_pass(traced, base, candidates, calls, calls[0], choose, on_step)
+
+
+def _rough_pass(
+    traced: TracedModel,
+    base: PruningPlan,
+    candidates: Mapping[str, Sequence[SitePlan]],
+    calls: Sequence[Call],
+    probe: Call,
+    choose: bool,
+    on_step: Callable[[str], None] | None,
+) -> RoughPass:
+    """Fits to ``calls``, and measures gains and the change on ``probe``."""
+    networks = networks_of(traced, [*calls, probe])
     relative: dict[str, tuple[list[SitePlan], list[float], tuple[int, int, int]]] = {}
-    probes: dict[str, _Probe | None] = {}
+    gains: dict[str, float | None] = {}
+    measured, last = _Gains(networks, len(calls)), ""
     for path, is_convolution in networks.order(base):
         if not is_convolution:
             norm_statistics(networks, path, lambda: None)
             continue
-        conv = networks.module(path, pruned=False)
+        conv, last = networks.module(path, pruned=False), path
         assert isinstance(conv, nn.Conv2d)
-        entry, entries = base[path], list(candidates.get(path, (base[path],)))
-        tiles = {entry.tile, *(other.tile for other in entries)}
-        moments, seen = _moments(networks, batches, path, conv, tiles, on_step)
+        entries = [base[path], *candidates.get(path, ())]
+        tiles = {entry.tile for entry in entries}
+        moments, seen = _moments(networks, len(calls), path, conv, tiles, on_step)
         errors = [0.0] * len(entries)
-        for (method, direction, tile), members in by_kind(entries).items():
-            U = transform_weight(conv.weight, tile)
+        for kind, members in by_kind(entries).items():
+            U = transform_weight(conv.weight, kind[2])
             if choose:
-                importance = _once(MeasuredEnergy(moments[tile]))
+                importance = _once(MeasuredEnergy(moments[kind[2]]))
                 for index in members:
                     entries[index] = choose_keep(entries[index], U.float(), importance)
-            layer = LayerErrors(moments[tile], U)
-            group = [entries[index] for index in members]
-            for index, error in zip(members, layer.predict(group), strict=True):
-                errors[index] = error
-            if (method, direction, tile) == kind_of(entry):
-                entry = min(group, key=lambda other: abs(other.pr - base[path].pr))
-                fitted = refit(moments[tile], U, entry.keep, max_steps=REFIT_STEPS)
-                if path in candidates:
-                    probes[path] = _probe(entry, group, layer, fitted.U, fitted.bias)
-                use_weights(networks.module(path, pruned=True), fitted.U, fitted.bias, tile)
+            fitted = None
+            if path in candidates:
+                layer = LayerErrors(moments[kind[2]], U, base[path].kept_fraction)
+                group = [entries[index] for index in members]
+                for index, error in zip(members, layer.predict(group), strict=True):
+                    errors[index] = error
+                fitted = layer.refitted(group[0]) if len(layer.filters) == U.shape[1] else None
+            if members[0] == 0:
+                fitted = fitted or refit(moments[kind[2]], U, entries[0].keep, max_steps=REFIT_STEPS)
+                use_weights(networks.module(path, pruned=True), fitted.U, fitted.bias, kind[2])
         moments.clear()
-        relative[path] = entries, errors, seen
-    try:
-        measured = _weights(networks, batches, probes)
-    except InputError:  # a model that does not take a part of a batch
-        measured = _weights(networks, 0, probes)
-    weights = fill(measured)
-    return {
-        path: Prediction(tuple(entries), tuple(weights[path] * error for error in errors), seen)
-        for path, (entries, errors, seen) in relative.items()
-        if path in candidates
-    }
+        if path in candidates:
+            relative[path] = entries[1:], errors[1:], seen
+            gains[path] = measured.measure(path)
+    weights = layer_weights(gains)
+    return RoughPass(
+        {
+            path: Prediction(tuple(entries), tuple(weights[path] * error for error in errors), seen)
+            for path, (entries, errors, seen) in relative.items()
+        },
+        _change(networks, last, len(calls)) if last else None,
+    )
 
 
-def _networks(traced: TracedModel, calls: Sequence[Call]) -> tuple[Networks, int]:
-    """Both networks on the inputs and on a batch for probing behind them; the number of inputs."""
-    probing = pytree.tree_map(_first_images(calls[0]), calls[0])
-    return networks_of(traced, [*calls, cast("Call", probing)]), len(calls)
+def _change(networks: Networks, path: str, index: int) -> float | None:
+    """Squared relative error of the pruned network's output; ``path`` is the last convolution fitted."""
+    dense, pruned = (
+        networks.finish(path, index, networks.capture(path, index, pruned=side, output=True), pruned=side)
+        for side in (False, True)
+    )
+    return output_change(dense, pruned)
 
 
-def _first_images(call: Call) -> Callable[[Any], Any]:
-    """Cuts every tensor of a batch that is as long as the first one down to a few images."""
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-    images = len(tensors[0]) if tensors else 0
+class _Gains:
+    """What each fitted layer alone does to the dense network's output, for each unit of the layer's own error."""
 
-    def cut(leaf: Any) -> Any:
-        whole = not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != images
-        return leaf if whole else leaf[:PROBE_IMAGES]
+    def __init__(self, networks: Networks, index: int) -> None:
+        self.networks, self.index = networks, index
+        self.output: Any = None  # of the dense network
 
-    return cut
+    def measure(self, path: str) -> float | None:
+        """The gain of a layer; later layers only after earlier ones, or the network starts again."""
+        networks, index = self.networks, self.index
+        x = networks.capture(path, index, pruned=False, output=False)
+        dense = networks.capture(path, index, pruned=False, output=True)
+        if self.output is None:
+            self.output = networks.finish(path, index, dense, pruned=False)
+        pruned = networks.module(path, pruned=True)(x)
+        return gain(dense, pruned, self.output, networks.finish(path, index, pruned, pruned=False))
 
 
 def _once(importance: Importance) -> Importance:
@@ -205,44 +225,3 @@ def _moments(
         if on_step is not None:
             on_step(path)
     return {tile: builder.build() for tile, builder in builders.items()}, seen
-
-
-def _probe(
-    entry: SitePlan, group: Sequence[SitePlan], layer: LayerErrors, U: Tensor, bias: Tensor
-) -> _Probe | None:
-    """The layer of weights U and ``bias`` with its sampled filters pruned less (or, at small ratios, more)."""
-    others = [other for other in group if other.kept_fraction not in (1, entry.kept_fraction)]
-    if not others:
-        return None
-    other = min(others, key=lambda other: abs(other.pr - PROBE_RATIO * entry.pr))
-    fitted = layer.refitted(other)
-    U, bias, filters = U.clone(), bias.clone(), layer.filters.to(U.device)
-    U[:, filters], bias[filters] = fitted.U, fitted.bias
-    gained = layer.refitted(entry).error ** 2 - fitted.error**2
-    return _Probe(U, bias, entry.tile, gained * layer.share)
-
-
-def _weights(
-    networks: Networks, index: int, probes: Mapping[str, _Probe | None]
-) -> dict[str, float | None]:
-    """Squared relative error of the network's output for each unit of each layer's, on batch ``index``."""
-    found: dict[str, float | None] = {}
-    expected: Any = None
-    change: float | None = None
-    for path, probe in probes.items():
-        conv = networks.module(path, pruned=True)
-        assert isinstance(conv, nn.Conv2d)
-        if expected is None:
-            y = networks.capture(path, index, pruned=False, output=True)
-            expected = networks.finish(path, index, y, pruned=False)
-        x = networks.capture(path, index, pruned=True, output=False)
-        if change is None:
-            change = output_change(expected, networks.finish(path, index, conv(x), pruned=True))
-        found[path] = None
-        if probe is None or change is None or probe.gained == 0:
-            continue
-        W = tile_filters(probe.U, probe.tile).float()
-        y = winograd_convolution(x.float(), W, probe.bias, padding_of(conv), probe.tile)
-        exchanged = output_change(expected, networks.finish(path, index, y, pruned=True))
-        found[path] = None if exchanged is None else (change - exchanged) / probe.gained
-    return found

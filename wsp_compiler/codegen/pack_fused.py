@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from wsp_compiler.codegen.position_scales import INPUT_GROWTH, OUTPUT_SCALE, POSITION_SCALES, input_scale
 from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
+from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
 
 ROUNDING = 1 + 2.0**-9
@@ -58,11 +58,11 @@ def filter_scales(U: Tensor, m: int, precision: str) -> Tensor:
         [n] float32.
     """
     if precision != "fp16":
-        return torch.ones(U.shape[1])
-    line = torch.tensor(INPUT_GROWTH[m])
+        return torch.ones(U.shape[1], device=U.device)
+    line = torch.tensor(INPUT_GROWTH[m], device=U.device)
     growth = torch.outer(line, line).view(-1, 1) * input_scale(m, precision)  # [p*p, 1]
     bound = (U.abs().sum(-1) * growth).amax(0)  # [n]
-    bound = torch.where(torch.isfinite(bound) & (bound > 0), bound, torch.ones(()))
+    bound = torch.where(torch.isfinite(bound) & (bound > 0), bound, torch.ones_like(bound))
     # With a factor of at least 2 the scaled outputs, and most sums on the way, are finite wherever the true ones are.
     most = 1 / (2 * OUTPUT_SCALE[m] ** 2 * input_scale(m, precision))
     least = most / 2**14  # a factor of 2^15: one of 2^16 is no float16 number
@@ -70,32 +70,44 @@ def filter_scales(U: Tensor, m: int, precision: str) -> Tensor:
 
 
 def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> FusedWeights:
-    """Pack a row-pruned site's weights; see :class:`FusedWeights`."""
+    """Pack a row-pruned site's weights, on its device; see :class:`FusedWeights`.
+
+    Raises:
+        OptionError: some (position, group) keeps more rows than ``config`` has room for.
+    """
     device, positions, m = site.weight.device, spec.winograd.positions, spec.tile
     n, c, G, rows = spec.filters, spec.channels, config.groups, config.rows
-    line = torch.tensor(POSITION_SCALES[m])
+    line = torch.tensor(POSITION_SCALES[m], device=device)
     scales = torch.outer(line, line).flatten()  # [p*p]
-    U = torch.zeros((positions, n, c), dtype=torch.float32)
-    offsets = cast("Any", site.row_offset).tolist()
-    kept = [site.rows[offsets[k] : offsets[k + 1]].cpu().long() for k in range(positions)]
-    for k, U_k in enumerate(site.position_weights()):
-        U[k, kept[k]] = U_k.float().cpu() * scales[k]
+    kept = site.rows.to(device).long()  # filter of every kept row, ascending within its position
+    counts = site.row_offset.to(device).diff().long()
+    position = torch.repeat_interleave(torch.arange(positions, device=device), counts)
+    weights = torch.cat(list(site.position_weights())).float() * scales[position, None]  # [kept rows, c]
+    U = torch.zeros((positions, n, c), device=device)
+    U[position, kept] = weights
     scale = filter_scales(U, m, spec.precision)
-    U.mul_(scale.view(1, n, 1))
-    padded = torch.zeros((G, positions, rows, c), dtype=torch.float32)
-    slot = torch.full((positions, n), rows, dtype=torch.int32)
-    for k, filters in enumerate(kept):
-        for g in range(G):
-            own = filters[filters // (n // G) == g]
-            padded[g, k, : own.numel()] = U[k, own]
-            slot[k, own] = torch.arange(own.numel(), dtype=torch.int32)
-    halves = slot.view(positions // 2, 2, n).long()
+    group = kept // (n // G)
+    block = position * G + group
+    start = torch.bincount(block, minlength=positions * G).cumsum(0).roll(1)
+    start[0] = 0
+    rank = torch.arange(len(kept), device=device) - start[block]  # among its (position, group)'s rows
+    if len(kept) and int(rank.max()) >= rows:
+        raise OptionError(
+            f"{int(rank.max()) + 1} kept rows in a group, but {config}",
+            where="pack_fused",
+            fix="give more rows, or more groups",
+        )
+    padded = torch.zeros((G, positions, rows, c), device=device)
+    padded[group, position, rank] = weights * scale[kept, None]
+    slot = torch.full((positions, n), rows, dtype=torch.int64, device=device)
+    slot[position, kept] = rank
+    halves = slot.view(positions // 2, 2, n)
     packed_slot = (halves[:, 0] | halves[:, 1] << 16).to(torch.int32)
     return FusedWeights(
-        U=fragments(padded, spec.precision).to(device),
-        slot=packed_slot.view(torch.uint32).reshape(-1).to(device),
+        U=fragments(padded, spec.precision),
+        slot=packed_slot.view(torch.uint32).reshape(-1),
         bias=site.bias.float().contiguous(),
-        factor=(1 / (OUTPUT_SCALE[m] ** 2 * input_scale(m, spec.precision) * scale)).to(device),
+        factor=1 / (OUTPUT_SCALE[m] ** 2 * input_scale(m, spec.precision) * scale),
     )
 
 

@@ -92,8 +92,17 @@ def pruned_filters(plan: PruningPlan) -> dict[str, Tensor]:
     }
 
 
-def find_removal(gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | None = None) -> Removal:
-    """What leaves ``gm`` (as traced, with the plan's batch-norm statistics) under ``plan``."""
+def find_removal(
+    gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | None = None, *, loud: bool = False
+) -> Removal:
+    """What leaves ``gm`` under ``plan``.
+
+    Args:
+        gm: as traced, with the plan's batch-norm statistics.
+        plan: what is pruned.
+        coupling: of ``gm``, if it is known already.
+        loud: count on constants other than zero, as before a calibration that will set them.
+    """
     keep = pruned_filters(plan)
     coupling = coupling or couple(gm)
     reasons: dict[str, str] = {}
@@ -117,6 +126,8 @@ def find_removal(gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | Non
         )
         groups.remove(group)
     wanted = frozenset(number for group in groups for number in group)
+    if loud:
+        constants = {node: torch.where(value.isnan(), value, 1.0) for node, value in constants.items()}
     carriers, chosen = _carriers(coupling, plan, constants, groups, wanted)
     removal = Removal(coupling, wanted - carriers, reasons)
     for node, constant in constants_read(coupling, constants).items():

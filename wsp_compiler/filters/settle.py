@@ -39,6 +39,8 @@ def settle_filters(
     options: CompileOptions,
     speed: SpeedSource | None = None,
     scores: Mapping[str, Importance] | None = None,
+    *,
+    calibrated: bool = False,
 ) -> PruningPlan:
     """The plan with its entries of method "fp" settled; see the module's docstring.
 
@@ -47,6 +49,7 @@ def settle_filters(
         units: the traced graphs; not modified.
         sites, convolutions, options, speed: as for make_plan.
         scores: path -> what scores its filters, where it is not the options' importance.
+        calibrated: the plan will be calibrated, so that pruned filters emit means and not their biases.
     """
     if not any(entry.method == "fp" for entry in plan.values()):
         return plan
@@ -70,10 +73,10 @@ def settle_filters(
             result,
             convolutions,
         )
-        removal = find_removal(gm, result, coupling)
+        removal = find_removal(gm, result, coupling, loud=calibrated)
         if room := _room_for_carriers(removal, removal.sizes(gm), result):
             _choose(coupling, {name: importances[name] for name in room}, importances, result, convolutions)
-            removal = find_removal(gm, result, coupling)
+            removal = find_removal(gm, result, coupling, loud=calibrated)
         sizes = removal.sizes(gm)
         for name in mine:
             filters, channels = sizes.get(name, (known[name].filters, known[name].channels))

@@ -31,6 +31,8 @@ from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.trace import SITE
 from wsp_compiler.winograd import transform
 
+DENSE_FROM = 8
+"""Kernels for unpruned layers run what is left where at most one filter in so many is zero: carriers of constants."""
 VENDOR = "its kept filters run as a dense convolution, which is faster"
 
 
@@ -173,6 +175,8 @@ def _shrink_entry(
         if weight is not None:
             weight = merged(weight, 2, fold).index_select(2, fold.stay.to(weight.device))
     keep = keep.index_select(1, filters) if keep.shape[1] > 1 else keep
+    if entry.method == "fp" and DENSE_FROM * int((~keep).sum()) <= keep.numel():
+        keep = torch.ones((1, 1, 1), dtype=torch.bool)
     channels = entry.shape[2] if fold is None else len(fold.stay)
     plan.sites[path] = replace(entry, keep=keep, shape=(entry.shape[0], len(filters), channels))
     if weight is not None:
