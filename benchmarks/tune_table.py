@@ -38,7 +38,7 @@ from benchmarks.table_summary import kept, summary
 from wsp_compiler.codegen.candidates import Candidate, candidate_from_knobs
 from wsp_compiler.codegen.layer import DTYPES as DTYPE_NAMES
 from wsp_compiler.codegen.layer import make_layer
-from wsp_compiler.codegen.pack_fused import rows_per_group
+from wsp_compiler.codegen.pack_fused import fit_rows
 from wsp_compiler.codegen.schedule_keys import generator_digest, layer_key, vendor_version
 from wsp_compiler.codegen.schedule_records import VENDOR, LayerKey, Record
 from wsp_compiler.codegen.schedules import Schedules, load_table, save_table
@@ -247,9 +247,7 @@ def neighbours_best(records: Sequence[Record], key: LayerKey, layer: Any) -> lis
     found: list[Candidate] = []
     for record in sorted(near, key=lambda r: (abs(r.key.rows[0] - key.rows[0]), r.us or math.inf)):
         try:
-            config = FusedConfig(**record.knobs)
-            rows = max(16, -(-rows_per_group(layer.site, config.groups) // 16) * 16)
-            candidate = Candidate("fused", replace(config, rows=rows))
+            candidate = Candidate("fused", fit_rows(FusedConfig(**record.knobs), layer.site))
         except (OptionError, TypeError):
             continue
         if layer.accepts(candidate):

@@ -291,7 +291,8 @@ class Stopwatch:
 
 def timed_plan(net: nn.Module, watch: Stopwatch, *rules: PruneRule, **options: Any) -> PruningPlan:
     sites = find_sites(net, torch.randn(2, 3, 12, 8))
-    return make_plan(sites, convolutions(net), CompileOptions(rules=rules, **options), watch)
+    chosen = CompileOptions(rules=rules, **{"method": "bwsp", **options})
+    return make_plan(sites, convolutions(net), chosen, watch)
 
 
 def test_a_site_stays_dense_where_dense_is_faster(net: nn.Module) -> None:
@@ -372,7 +373,7 @@ def test_all_calls_count(net: nn.Module) -> None:
     model = Twice().eval()
     watch = Stopwatch({2: 9.0})
     plan = make_plan(
-        find_sites(model, torch.randn(1, 16, 8, 8)), convolutions(model), CompileOptions(), watch
+        find_sites(model, torch.randn(1, 16, 8, 8)), convolutions(model), CompileOptions(method="bwsp"), watch
     )
     assert [shape for _, _, shape in watch.asked] == [(1, 16, 8, 8), (1, 16, 4, 8)]
     timing = plan.times["conv"].pruned

@@ -37,10 +37,11 @@ def test_bars_nest_on_a_terminal(monkeypatch: pytest.MonkeyPatch, outer: bool) -
             assert len(shown) == 1
             assert len(shown[0].tasks) == 1 + outer
             assert shown[0].tasks[-1].completed == 1
+            assert shown[0].tasks[-1].description == "inner step"
         assert len(shown) == outer
         one()
     assert shown == []
-    assert "inner step" in written.getvalue()
+    assert "inner work" in written.getvalue()
     assert ("outer work" in written.getvalue()) == outer
 
 

@@ -14,6 +14,7 @@ from tests.reference import pruned_convolution as reference
 from wsp_compiler.errors import PassError
 from wsp_compiler.passes import pipeline, run_pipeline
 from wsp_compiler.passes.base import OUTPUT_TRANSFORM, is_op, set_argument
+from wsp_compiler.plan import PruningPlan
 from wsp_compiler.verify import PlannedInterpreter, make_check, pruned_convolution
 
 X = torch.randn(2, 4, 7, 6)
@@ -168,6 +169,15 @@ def test_the_graph_and_the_inputs_are_left_alone() -> None:
         for name, tensor in before.items()
     )
     assert X.dtype == torch.float32
+
+
+def test_the_plan_of_the_graph_at_hand_counts() -> None:
+    """Shrunken graphs come with a plan of their own."""
+    case = lowering(block(), method="wsp", pr=0.5)
+    check = make_check(case.gm, case.plan, (X,))
+    check(case.gm, "nothing", case.plan)
+    with pytest.raises(PassError, match="pass mine: changed output 0"):
+        check(case.gm, "mine", PruningPlan())
 
 
 def test_a_model_that_fails_on_the_inputs() -> None:

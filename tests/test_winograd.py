@@ -10,6 +10,7 @@ from wsp_compiler.winograd import (
     INTERPOLATION_POINTS,
     count_multiplies,
     output_size,
+    remember_transforms,
     tile_grid,
     transform,
     transform_weight,
@@ -108,3 +109,21 @@ def test_dense_winograd_multiplies_less() -> None:
     for tile, saving in ((2, 9 * 4 / 16), (4, 9 * 16 / 36)):
         counted = count_multiplies(1, (64, 64), (8, 8), tile, 0)
         assert counted.direct / counted.winograd == saving
+
+
+def test_the_last_weight_is_transformed_once_inside_a_plan():
+    weight, other = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    assert transform_weight(weight, 2) is not transform_weight(weight, 2)
+    with remember_transforms():
+        first = transform_weight(weight, 2)
+        assert transform_weight(weight, 2) is first
+        assert transform_weight(weight, 4).shape == (36, 4, 3)
+        assert transform_weight(weight, 2) is first
+        expected = transform_weight(other, 2)
+        assert not torch.equal(expected, first)
+        other.mul_(2)
+        assert torch.equal(transform_weight(other, 2), 2 * expected)
+        with torch.inference_mode():
+            inference = torch.ones(4, 3, 3, 3)
+            assert transform_weight(inference, 2) is not transform_weight(inference, 2)
+    assert transform_weight(other, 2) is not transform_weight(other, 2)

@@ -80,9 +80,9 @@ def compile(
         method: pruning pattern: "bwsp" (the same number of rows or columns in every Winograd position), "wsp"
             (one threshold per layer), "fp" (filters; their channels leave the network where nothing else holds
             them), "wwp" (single weights; a library's sparse product runs them, slowly), "dense" (Winograd without
-            pruning; pr is ignored), or "abwsp" (None means it): "wsp" or "bwsp" for each layer. With calibration that is "wsp", but "bwsp" where it is
-            known to be faster and adds next to nothing to the predicted error; without, "bwsp" unless known not to
-            be faster.
+            pruning; pr is ignored), or "abwsp" (None means it): "wsp" or "bwsp" for each layer. With calibration that
+            is "wsp", but "bwsp" where it is known to be faster and adds next to nothing to the predicted error;
+            without, "bwsp" unless known not to be faster.
         direction: "row" or "column" of each position's matrix U_k [n, c].
         tile: output tile side m of F(m x m, 3x3): 2 or 4, or "auto": the faster one where times are known.
         block: for "bwsp" with rows: equal kept rows in every position and group of ``block`` consecutive filters,

@@ -64,6 +64,13 @@ def _check_budgets(options: CompileOptions) -> None:
         raise OptionError(
             "target_latency and max_drop both say how much is pruned", where="compile", fix="give one of them"
         )
+    named = [name for name, value in (*limits.items(), ("pr_scope", options.pr_scope)) if value is not None]
+    if options.method in ("fp", "dense") and named and options.pr_scope != "layer":
+        raise OptionError(
+            f"{named[0]} does not go with method={options.method!r}, which prunes all layers alike or not at all",
+            where="compile",
+            fix="use method='abwsp', 'wsp', 'bwsp' or 'wwp'",
+        )
     if options.pr_scope == "layer" and (options.target_latency is not None or options.max_drop is not None):
         raise OptionError(
             "pr_scope='layer' prunes every layer alike, which target_latency and max_drop do not",

@@ -296,9 +296,6 @@ def within_ratio(front: Front, pr: float) -> dict[str, Option]:
     """The options of least error that keep at most 1 - ``pr`` of the multiplications.
 
     Even ratios round up to whole rows; what they keep at ``pr`` is allowed too.
-
-    Raises:
-        BudgetError: not reachable.
     """
     even = {
         path: option
@@ -308,16 +305,6 @@ def within_ratio(front: Front, pr: float) -> dict[str, Option]:
         and option.entry.pr == pr
         and kind_of(option.entry) == kind_of(front.base[path])
     }
-    allowed = (1 - pr) * front.whole
-    if len(even) == len(front.options):
-        allowed = max(allowed, front.cost(even))
-    chosen = front.chosen(allowed)
-    if chosen is None:
-        raise BudgetError(
-            f"at most {1 - front.least / front.whole:.3f} of the multiplications can go",
-            where=f"pr={pr:g}",
-            fix="give a smaller pr, or rules for fewer layers",
-        )
-    if len(even) == len(front.options) and front.error(even) <= front.error(chosen):
-        return even  # what rounding of costs has missed
-    return chosen
+    chosen = front.chosen(max((1 - pr) * front.whole, front.cost(even)))
+    assert chosen is not None
+    return chosen if front.error(chosen) < front.error(even) else even  # rounding of costs may miss it

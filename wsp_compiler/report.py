@@ -162,7 +162,8 @@ def _filter_lines(shrunk: Shrunk) -> list[str]:
     for path, why in shrunk.reasons.items():
         by_reason.setdefault(why, []).append(path or "the model")
     return lines + [
-        f"pruned filters of {', '.join(sorted(paths))} stay in place: {why}" for why, paths in by_reason.items()
+        f"pruned filters of {', '.join(sorted(paths))} stay in place: {why}"
+        for why, paths in by_reason.items()
     ]
 
 

@@ -70,7 +70,14 @@ def _layer(
     padding = (given["padding"][0], given["padding"][1])
     if site.by_element:
         return SparseLayer(
-            path, site, slope, padding, given["tile"], given["activation"], given["channels_last"], dtypes.get(path)
+            path,
+            site,
+            slope,
+            padding,
+            given["tile"],
+            given["activation"],
+            given["channels_last"],
+            dtypes.get(path),
         )
     return WinogradLayer(
         path=path,

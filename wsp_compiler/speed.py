@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-MEASURED, TABLE, OTHER_KERNELS, MODEL = "measured", "table", "table of other kernels", "cost model"
-"""Where a time comes from: measured here, a shipped record of this device, one of another version of the kernels,
-or a model fitted to such records. From the most to the least certain."""
+MEASURED, TABLE, OTHER_KERNELS = "measured", "table", "table of other kernels"
+LESS_PRUNED, MODEL = "a less pruned layer", "cost model"
+"""Where a time comes from: measured here, a shipped record of this device, one of another version of the kernels, the
+time of the same layer with somewhat more kept rows (an upper bound), or a model fitted to such records. From the most to
+the least certain."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Timing:
 
     Attributes:
         us: microseconds, all calls of a shared convolution together.
-        source: :data:`MEASURED`, :data:`TABLE`, :data:`OTHER_KERNELS` or :data:`MODEL`; of several calls the least
-            certain.
+        source: :data:`MEASURED`, :data:`TABLE`, :data:`OTHER_KERNELS`, :data:`LESS_PRUNED` or :data:`MODEL`; of
+            several calls the least certain.
         kernel: what runs.
     """
 
@@ -82,7 +84,7 @@ def add_timings(timings: Sequence[Timing | None]) -> Timing | None:
     known = [timing for timing in timings if timing is not None]
     if not known or len(known) < len(timings):
         return None
-    order = (MEASURED, TABLE, OTHER_KERNELS, MODEL)
+    order = (MEASURED, TABLE, OTHER_KERNELS, LESS_PRUNED, MODEL)
     source = max((timing.source for timing in known), key=order.index)
     kernels = dict.fromkeys(timing.kernel for timing in known if timing.kernel)
     return Timing(sum(timing.us for timing in known), source, ", ".join(kernels))

@@ -19,7 +19,7 @@ from wsp_compiler.options import CompileOptions, PruneRule
 from wsp_compiler.plan import make_plan, site_times
 from wsp_compiler.site_plan import SitePlan
 from wsp_compiler.sites import ConvSite, collect_sites
-from wsp_compiler.speed import MODEL, SpeedSource
+from wsp_compiler.speed import LESS_PRUNED, MODEL, SpeedSource
 from wsp_compiler.trace import check_model, trace
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def compare_pairs(
             if (
                 wsp is not None
                 and bwsp is not None
-                and (MODEL in (wsp.source, bwsp.source)) == (source is sources[1])
+                and bool({MODEL, LESS_PRUNED} & {wsp.source, bwsp.source}) == (source is sources[1])
             ):
                 found[path] = BalancedSpeedup(wsp_us=wsp.us, bwsp_us=bwsp.us, ratio=wsp.us / bwsp.us)
                 break

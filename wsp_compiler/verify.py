@@ -67,9 +67,7 @@ def _to_double(value: Any) -> Any:
     return pytree.tree_map(convert, value)
 
 
-def make_check(
-    gm: fx.GraphModule, plan: PruningPlan, inputs: tuple[Any, ...]
-) -> Check:
+def make_check(gm: fx.GraphModule, plan: PruningPlan, inputs: tuple[Any, ...]) -> Check:
     """A check for :func:`wsp_compiler.passes.run_pipeline`.
 
     Args:

@@ -50,4 +50,7 @@ def test_report() -> None:
     assert "best accuracy 0.75, BS 1.250" in report
     assert "winners: 1.00" in report
     assert "no layer's time" not in report
+    assert lines[-1] == "balance gains 2.000x over all of these layers"
+    even = result({"a": LayerPair(10, 9.9), "b": LayerPair(5, 5.1)}).report()
+    assert "balance gains 1.000x over all of these layers: next to nothing" in even
     assert "no layer's time is known" in result({}).report()

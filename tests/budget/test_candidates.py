@@ -43,13 +43,14 @@ def test_rules_narrow_them() -> None:
 
 
 def test_layers_whose_ratio_a_rule_sets_do_not_share_the_budget() -> None:
-    model = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(5))).eval()
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(6))).eval()
     convolutions = {path: conv for path, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
     rules = (
         PruneRule("0", pr=0.25),
         PruneRule("1", skip=True),
         PruneRule("2", method="dense"),
         PruneRule("3", tile=4),
+        PruneRule("5", method="fp"),
     )
     options = CompileOptions(0.5, "wsp", rules=rules)
     assert free_paths(make_plan(find_sites(model), convolutions, options), options) == ["3", "4"]

@@ -157,3 +157,22 @@ def test_where_the_database_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_copies_share_what_is_known(path: Path) -> None:
     database = Schedules(path, None)
     assert copy.deepcopy(database) is database
+
+
+def test_less_pruned_records_are_the_nearest_with_at_least_as_many_rows() -> None:
+    schedules = Schedules(None, None)
+    key = dataclasses.replace(KEY, rows=(24, 24), block=64)
+    times = {(16, 16): 1.0, (32, 32): 3.0, (40, 40): 2.0, (64, 64): 0.5}
+    schedules.add(
+        [
+            module.Record(dataclasses.replace(key, rows=rows), "cpu", {"rows": 1}, us)
+            for rows, us in times.items()
+        ]
+    )
+    schedules.add(
+        [module.Record(dataclasses.replace(key, rows=(32, 32), generator="other"), "cpu", {"rows": 1}, 0.1)]
+    )
+    assert [record.us for record in schedules.less_pruned(key)] == [3.0]
+    assert [record.us for record in schedules.less_pruned(dataclasses.replace(key, rows=(40, 40)))] == [2.0]
+    assert schedules.less_pruned(dataclasses.replace(key, rows=(72, 72))) == []
+    assert schedules.less_pruned(dataclasses.replace(key, rows=(8, 24))) == [], "other mean, unbalanced"

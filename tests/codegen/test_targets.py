@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,24 @@ def test_a_tvm_target_and_its_dict_mean_the_same():
 @x86
 def test_vector_lanes(cpu: str, lanes: int):
     assert vector_lanes(cpu) == lanes
+
+
+def test_what_llvm_says_of_this_machine_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WSP_CACHE_DIR", str(tmp_path))
+    asked: list[str] = []
+
+    def ask() -> str:
+        asked.append("once")
+        return "an answer"
+
+    assert [targets._remembered("a question", ask) for _ in range(2)] == ["an answer"] * 2
+    known = targets._machine() is not None  # elsewhere the system does not tell machines apart
+    assert len(asked) == (1 if known else 2)
+    monkeypatch.setattr(targets, "_machine", lambda: "another CPU")
+    assert targets._remembered("a question", ask) == "an answer"
+    monkeypatch.setattr(targets, "_machine", lambda: None)
+    targets._remembered("a question", ask)
+    assert len(asked) == (3 if known else 4)
 
 
 @x86

@@ -24,7 +24,7 @@ from wsp_compiler.codegen.spec import CpuConfig, KernelSpec, ThreeKernelsConfig
 from wsp_compiler.codegen.targets import CodeTarget, cuda_target
 from wsp_compiler.codegen.tuner import FAST_CANDIDATES, Tuner
 from wsp_compiler.ops import WinogradSite
-from wsp_compiler.speed import MEASURED, MODEL, OTHER_KERNELS, TABLE
+from wsp_compiler.speed import LESS_PRUNED, MEASURED, MODEL, OTHER_KERNELS, TABLE, Timing
 
 from .emulation import TOLERANCE, assert_close, make_case
 
@@ -103,6 +103,20 @@ def test_off_measures_nothing_and_knows_nothing(layer: Layer, schedules: Schedul
     assert not tuner.knows_device
     assert not timer.measured
     assert not layer.used
+
+
+def test_the_time_of_a_less_pruned_layer_is_an_upper_bound(layer: Layer, schedules: Schedules) -> None:
+    key = layer_key(layer.spec, layer.site, 2, TARGET)
+    more = dataclasses.replace(key, rows=(key.rows[0] + 8, key.rows[1] + 8), block=0)
+    fewer = dataclasses.replace(key, rows=(0, 0), block=0)
+    times = {(more, 4): 12.0, (more, 5): 11.0, (fewer, 6): 1.0}
+    schedules.add([Record(k, "cpu", CANDIDATES[i].knobs(), us) for (k, i), us in times.items()])
+    choice = Tuner(TARGET, "off", schedules, FakeTimer(by_rows)).choose(layer, 2)
+    assert choice.candidate == CANDIDATES[5]
+    assert choice.timing == Timing(11.0, LESS_PRUNED, CANDIDATES[5].label)
+    exact = Record(key, "cpu", CANDIDATES[0].knobs(), 20.0)
+    schedules.add([exact])
+    assert Tuner(TARGET, "off", schedules, FakeTimer(by_rows)).choose(layer, 2).candidate == CANDIDATES[0]
 
 
 def test_full_measures_everything_once(layer: Layer, schedules: Schedules) -> None:

@@ -89,7 +89,7 @@ class Preparation:
         Fitted one after the other, as calibration does, layers make up for the errors of those before them, and are of
         no use behind others: such candidates have an outlook that says little.
         """
-        result = replace(plan, sites=dict(plan.sites), errors=dict(plan.errors))
+        result = replace(plan, sites=dict(plan.sites), refits={}, errors=dict(plan.errors))
         with (
             progress("fitting layers", len(plan) * len(self.calls)) as advance,
             exact_float32(),

@@ -13,6 +13,9 @@ from wsp_compiler.abwsp.choices import LayerPair
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.report import format_table
 
+LITTLE = 1.03
+"""Total balanced speedup below which the report says that balance gains next to nothing."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,6 +99,15 @@ class SearchResult:
         ]
         if not self.times:
             lines.append("no layer's time is known: BS is 1 throughout, and outlook accuracy alone decides")
+        else:
+            wsp, bwsp = (
+                sum(getattr(pair, name) for pair in self.times.values()) for name in ("wsp_us", "bwsp_us")
+            )
+            little = wsp < LITTLE * bwsp
+            lines.append(
+                f"balance gains {wsp / bwsp:.3f}x over all of these layers"
+                + (": next to nothing, as where positions do not run side by side (CPUs)" if little else "")
+            )
         return "\n".join(lines)
 
 

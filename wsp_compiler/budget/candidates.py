@@ -18,11 +18,14 @@ GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9
 
 
 def free_paths(plan: PruningPlan, options: CompileOptions) -> list[str]:
-    """Planned convolutions whose pruning ratio no rule fixes: the budget is shared among these."""
+    """Planned convolutions whose pruning ratio no rule fixes: the budget is shared among these.
+
+    Filters are tied over several layers and are pruned evenly.
+    """
     found: list[str] = []
     for path, entry in plan.items():
         rule = options.rule_for(path)
-        if entry.method != "dense" and (rule is None or rule.pr is None):
+        if entry.method not in ("dense", "fp") and (rule is None or rule.pr is None):
             found.append(path)
     return found
 

@@ -62,12 +62,18 @@ class LayerErrors:
         self.filters = sample_filters(moments)
         self._moments = of_filters(moments, self.filters)
         self._U = U[:, self.filters.to(U.device)].to(moments.gram)  # [p*p, filters, c]
-        self._energy = max(float(self._moments.variance.sum()), 1e-30)
+        self._energy = float(self._moments.variance.sum())
+        if self._energy < 1e-6 * float(
+            self._moments.mean.square().sum()
+        ):  # what rounding leaves of a constant
+            self._energy = 0.0
         self._refit_at = ((1 + typical) / 2, typical, typical / 2)
         self._fits: dict[int, tuple[SitePlan, Refit]] = {}  # by identity
 
     def without_refit(self, entry: SitePlan) -> float:
-        """The error if the kept weights stay as they are."""
+        """The error if the kept weights stay as they are; 0 for a layer whose output is constant."""
+        if self._energy <= 0:
+            return 0.0
         keep = keep_of(entry, self.filters).to(self._U.device)
         kept = torch.where(keep, self._U, torch.zeros_like(self._U))
         flat = kept.permute(1, 0, 2).reshape(len(self.filters), -1)  # [filters, p*p*c]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ def rows_per_group(site: WinogradSite, groups: int) -> int:
     position = torch.repeat_interleave(site.row_offset.diff().long())
     block = position * groups + site.rows.long() // (n // groups)
     return int(torch.bincount(block, minlength=positions * groups).max())
+
+
+def fit_rows(config: FusedConfig, site: WinogradSite) -> FusedConfig:
+    """``config`` with as many padded rows as ``site`` needs.
+
+    Raises:
+        OptionError: the registers do not hold them.
+    """
+    return replace(config, rows=max(16, -(-rows_per_group(site, config.groups) // 16) * 16))
 
 
 def filter_scales(U: Tensor, m: int, precision: str) -> Tensor:

@@ -116,6 +116,15 @@ def _apart_from_details(key: LayerKey) -> LayerKey:
     return dataclasses.replace(key, generator="", epilogue="")
 
 
+def _apart_from_rows(key: LayerKey) -> LayerKey:
+    """What two keys of one version have in common if only the kept rows or the epilogue differ."""
+    return dataclasses.replace(key, epilogue="", rows=(0, 0), block=0)
+
+
+MOST_MORE_ROWS = 1.35
+"""A layer with so many times the kept rows still says how to run one with fewer."""
+
+
 @dataclass
 class Schedules:
     """All records this process can see: the user's own, the shipped tables', and those it has just measured.
@@ -133,6 +142,8 @@ class Schedules:
         default_factory=dict[LayerKey, list[tuple[Record, bool]]], init=False
     )
 
+    _rows: dict[LayerKey, list[Record]] = field(default_factory=dict[LayerKey, list[Record]], init=False)
+
     def __post_init__(self) -> None:
         for table in sorted(self.tables.glob("*.json")) if self.tables and self.tables.is_dir() else ():
             self._shipped |= {record.identity: record for record in load_table(table)}
@@ -149,9 +160,11 @@ class Schedules:
 
     def _index(self) -> None:
         self._near.clear()
+        self._rows.clear()
         for records, own in ((self._own, True), (self._shipped, False)):
             for record in records.values():
                 self._near.setdefault(_apart_from_details(record.key), []).append((record, own))
+                self._rows.setdefault(_apart_from_rows(record.key), []).append(record)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Schedules:
         return self  # compiled modules that are copied share their records
@@ -176,6 +189,22 @@ class Schedules:
                 if found := [record for record, is_own in entries if is_own == own]:
                     return found, source
         return [record for record, own in near if not own], OTHER_KERNELS
+
+    def less_pruned(self, key: LayerKey) -> list[Record]:
+        """Records of the same layer with the fewest kept rows that are no fewer than its own, and not many more.
+
+        What serves more rows serves fewer, in no more time.
+        """
+        found = [
+            record
+            for record in self._rows.get(_apart_from_rows(key), ())
+            if all(
+                own <= other <= MOST_MORE_ROWS * own + 8
+                for own, other in zip(key.rows, record.key.rows, strict=True)
+            )
+        ]
+        least = min((record.key.rows for record in found), default=None)
+        return [record for record in found if record.key.rows == least]
 
     def add(self, records: Sequence[Record]) -> None:
         """Remember measurements and write them to the user's own file."""

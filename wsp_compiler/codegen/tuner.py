@@ -1,7 +1,8 @@
 """Tuner: how a layer runs fastest, and how fast the vendor's dense convolution is.
 
-What is known is asked in this order: the user's own records, the shipped table of this device, a cost model fitted to
-the tables of its architecture, the launchers' own rules. What is measured depends on the level:
+What is known is asked in this order: the user's own records, the shipped table of this device, records of the layer
+with somewhat more kept rows, a cost model fitted to the tables of its architecture, the launchers' own rules. What
+is measured depends on the level:
 
 - "off": nothing.
 - "fast": where no record says, the vendor and the few candidates that the cost model thinks best.
@@ -24,14 +25,16 @@ from wsp_compiler.codegen.build_together import build_together
 from wsp_compiler.codegen.candidates import Candidate, candidate_from_knobs
 from wsp_compiler.codegen.cost_model import CostModel, fit, group_of
 from wsp_compiler.codegen.measure import Call, rotating_inputs
+from wsp_compiler.codegen.pack_fused import fit_rows
 from wsp_compiler.codegen.schedule_keys import arch_of, layer_key, vendor_key
 from wsp_compiler.codegen.schedule_records import VENDOR, LayerKey, Record
 from wsp_compiler.codegen.schedules import Schedules, open_schedules
-from wsp_compiler.codegen.spec import KernelSpec
+from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
 from wsp_compiler.codegen.vendor import DTYPES, vendor_calls, vendor_settings
+from wsp_compiler.errors import OptionError
 from wsp_compiler.ops import WinogradSite
-from wsp_compiler.speed import MEASURED, MODEL, TABLE, Timing
+from wsp_compiler.speed import LESS_PRUNED, MEASURED, MODEL, TABLE, Timing
 
 FAST_CANDIDATES = 6
 """How many candidates of a layer "fast" measures."""
@@ -109,6 +112,9 @@ class Tuner:
         best = self._fastest(records, layer)
         if best is not None and not self.model_only:
             return Choice(best[0], Timing(best[1], source, best[0].label))
+        near = None if self.model_only else self._fastest(self.schedules.less_pruned(key), layer)
+        if near is not None:
+            return Choice(near[0], Timing(near[1], LESS_PRUNED, near[0].label))
         return self._modelled(key, layer.candidates(batch * layer.spec.tiles_per_image))
 
     def dense(self, spec: KernelSpec, batch: int) -> Timing | None:
@@ -137,7 +143,9 @@ class Tuner:
         for record in records:
             try:
                 candidate = candidate_from_knobs(record.kind, record.knobs)
-            except ValueError:
+                if isinstance(candidate.config, FusedConfig):
+                    candidate = Candidate("fused", fit_rows(candidate.config, layer.site))
+            except (ValueError, OptionError):
                 continue
             if record.us is not None and layer.accepts(candidate):
                 known.append((record.us, candidate))

@@ -77,7 +77,7 @@ def _notes(layouts: Layouts) -> tuple[str, ...]:
         return ()
     copies = ", ".join(f"{_name(value)} for {_name(reader)}" for value, reader in layouts.copies)
     return (
-        f"images converted between layouts: {len(layouts.copies)} copied"
+        f"images converted between layouts, unless the model is channels_last: {len(layouts.copies)} copied"
         + (f" ({copies})" if copies else ""),
         f"{len(layouts.inside)} inside kernels",
     )

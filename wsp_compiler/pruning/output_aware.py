@@ -23,7 +23,7 @@ def output_energy(U: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Energy in the output of every unit that spans ``dims`` of U [p*p, n, c], for inputs of white noise."""
     weights = white_gram(TILE_OF_POSITIONS[U.shape[0]], U.device).diagonal()  # [p*p]
     by_position = tuple(dim for dim in dims if dim != 0)  # one after the other: U may be large
-    scores = [over_units(U_k.double().square(), by_position) for U_k in U.split(1)]
+    scores = [over_units(U_k.double().square(), by_position) for U_k in torch.split(U, 1)]
     return over_units(torch.cat(scores) * weights.view(-1, 1, 1), dims[:1] if 0 in dims else ())
 
 
@@ -56,10 +56,11 @@ def relative_error(U: Tensor, keep: Tensor, tile: int) -> float:
     """
     gram, kept = white_gram(tile, U.device), keep.to(U.device).expand(U.shape)
     lost, total = torch.zeros_like(gram), torch.zeros_like(gram)  # sum over weights, [p*p, p*p]
-    for part, kept_part in zip(U.split(FILTERS_AT_A_TIME, 1), kept.split(FILTERS_AT_A_TIME, 1), strict=True):
-        W = part.double().flatten(1)  # [p*p, filters * c]
-        total += W @ W.T
-        W = W.masked_fill(kept_part.flatten(1), 0.0)
-        lost += W @ W.T
+    parts = (torch.split(tensor, FILTERS_AT_A_TIME, 1) for tensor in (U, kept))
+    for part, kept_part in zip(*parts, strict=True):
+        weights = part.double().flatten(1)  # [p*p, filters * c]
+        total += weights @ weights.T
+        weights = weights.masked_fill(kept_part.flatten(1), 0.0)
+        lost += weights @ weights.T
     energies = [float((products * gram).sum()) for products in (lost, total)]
     return (max(0.0, energies[0]) / energies[1]) ** 0.5 if energies[1] > 0 else 0.0
