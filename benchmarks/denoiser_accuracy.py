@@ -2,9 +2,10 @@
 
     python -m benchmarks.denoiser_accuracy --json benchmarks/results/denoiser_accuracy.json --finetuned FILE ...
 
-Calibrated networks see `examples.photos.calibration_crops()`, noisy crops of two photos that are in neither the
-training nor the test set. Beside them stands the paper's criterion, the L2 norm, without calibration, in both of its
-patterns. Networks run in PyTorch as `wsp_compiler.prune` returns them, which is what `compile` lowers.
+"Global" shares the ratio unevenly over the layers; the others have it in each. Calibrated networks see
+`examples.photos.calibration_crops()`, noisy crops of two photos that are in neither the training nor the test set.
+Beside them stands the paper's criterion, the L2 norm, without calibration, in both of its patterns. Networks run in
+PyTorch as `wsp_compiler.prune` returns them, which is what `compile` lowers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from examples.denoiser import load_denoiser
 from examples.finetune_denoiser import held_out_psnr, load_pruned, mean_drop
 
 METHODS: dict[str, dict[str, Any]] = {
+    "calibrated, global": {"method": "wsp", "pr_scope": "global"},
     "calibrated": {"method": "wsp"},
     "calibrated, balanced": {"method": "bwsp"},
     "L2, WSP-R": {"method": "wsp", "importance": "l2"},
@@ -64,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.methods:
             data = crops if name.startswith("calibrated") else None
             begin = time.perf_counter()
-            model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
+            if "pr_scope" in METHODS[name]:
+                plan = wsp_compiler.compile(dense, pr, calibration=data, **METHODS[name]).plan
+                model = wsp_compiler.prune(dense, plan=plan)
+            else:
+                model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
             seconds = time.perf_counter() - begin
             row: dict[str, Any] = {
                 "method": name,

@@ -211,7 +211,7 @@ def test_rules_override_the_defaults_layer_by_layer():
     ]
     compiled = wsp_compiler.compile(model, 0.5, rules=rules, example_inputs=x)
     assert {path: (site.pattern, site.tile, site.pr) for path, site in compiled.plan.items()} == {
-        "0": ("FP", 2, 0.25),
+        "0": ("FP", 2, 5 / 16),  # four of 16 filters, and one whose place a carrier of constants has
         "2": ("WSP-C", 4, 0.5),
     }
     assert "skipped" in compiled.plan.left_alone["5"]

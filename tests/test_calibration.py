@@ -60,7 +60,7 @@ def error(model: nn.Module, compiled: Any, x: Tensor) -> float:
 def test_calibration_beats_no_calibration_on_other_data(branch: bool, direction: str) -> None:
     model = net(branch)
     before = snapshot(model)
-    options: dict[str, Any] = {"method": "wsp", "direction": direction}
+    options: dict[str, Any] = {"method": "wsp", "direction": direction, "pr_scope": "layer"}
     fitted = wsp_compiler.compile(model, 0.5, calibration=images(24), **options)
     raw = wsp_compiler.compile(model, 0.5, **options)
     test = images(8)
@@ -115,9 +115,10 @@ def test_a_given_plan_keeps_its_choice() -> None:
     assert not plan.refits
     for path in plan:
         assert torch.equal(plan[path].keep, refitted[path].keep)
-    by_norm = wsp_compiler.compile(model, 0.5, method="bwsp", importance="l2", calibration=images()).plan
+    even: dict[str, Any] = {"method": "bwsp", "calibration": images(), "pr_scope": "layer"}
+    by_norm = wsp_compiler.compile(model, 0.5, importance="l2", **even).plan
     assert all(torch.equal(plan[path].keep, by_norm[path].keep) for path in plan)
-    chosen = wsp_compiler.compile(model, 0.5, method="bwsp", calibration=images()).plan
+    chosen = wsp_compiler.compile(model, 0.5, **even).plan
     assert any(not torch.equal(plan[path].keep, chosen[path].keep) for path in plan)
 
 

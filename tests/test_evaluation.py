@@ -15,7 +15,9 @@ from wsp_compiler.evaluation import evaluate
 def test_numbers_and_tensors_of_one_element() -> None:
     layer = nn.Linear(2, 1)
     assert evaluate(lambda model: 3, layer) == 3.0
-    assert evaluate(lambda model: model.weight.sum(), layer) == pytest.approx(float(layer.weight.detach().sum()))
+    assert evaluate(lambda model: model.weight.sum(), layer) == pytest.approx(
+        float(layer.weight.detach().sum())
+    )
 
 
 def test_without_gradients() -> None:

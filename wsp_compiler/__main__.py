@@ -218,7 +218,9 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--method", default="abwsp", help=f"{', '.join(METHOD_CHOICES)} (default abwsp)")
     make.add_argument("--direction", default="row", help=", ".join(DIRECTIONS))
     make.add_argument(
-        "--importance", default="output", help="criterion: output (default), l2, l1 or fpgm (hrank needs data)"
+        "--importance",
+        default="output",
+        help="criterion: output (default), l2, l1 or fpgm (hrank needs data)",
     )
     make.add_argument(
         "--tile", type=tile_choice, default=2, help="output tile side: 2, 4 or auto (the faster)"

@@ -203,7 +203,11 @@ def compile(
     for layer in compiled.layers():
         layer.tuner = tuner
     if example_inputs is not None:
-        prebuild(compiled.layers(), compiled.graph_module, {site.path: site.formats for site in sites})
+        prebuild(
+            compiled.layers(),
+            cast("nn.Module", compiled.graph_module),
+            {site.path: site.formats for site in sites},
+        )
         _build_kernels(compiled, example_inputs)
     return compiled
 

@@ -75,9 +75,7 @@ def calibrate(
                 continue
             conv = networks.module(path, pruned=False)
             assert isinstance(conv, nn.Conv2d)
-            entry, fitted, error = fit_site(
-                networks, conv, plan[path], choose and path not in settled, step
-            )
+            entry, fitted, error = fit_site(networks, conv, plan[path], choose and path not in settled, step)
             result.sites[path], result.refits[path], result.errors[path] = entry, fitted, error
             use_weights(networks.module(path, pruned=True), *result.weights(path, conv), entry.tile)
     return result

@@ -230,7 +230,7 @@ class Planner:
                 where="target_latency",
                 fix="pass example_inputs, and tune='fast', which measures them",
             )
-        return self.calibrated(fit_latency(front, target, measure))
+        return self.calibrated(self._timed(fit_latency(front, target, measure)))
 
     def _within_drop(self, most: float, drop_of: Callable[[PruningPlan], float]) -> PruningPlan:
         front = self._time_front() if self.speed is not None else None

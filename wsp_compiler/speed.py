@@ -15,8 +15,8 @@ from torch import Tensor, nn
 MEASURED, TABLE, OTHER_KERNELS = "measured", "table", "table of other kernels"
 LESS_PRUNED, MODEL = "a less pruned layer", "cost model"
 """Where a time comes from: measured here, a shipped record of this device, one of another version of the kernels, the
-time of the same layer with somewhat more kept rows (an upper bound), or a model fitted to such records. From the most to
-the least certain."""
+time of the same layer with somewhat more kept rows (an upper bound), or a model fitted to such records. From the most
+to the least certain."""
 
 
 @dataclass(frozen=True)

@@ -151,3 +151,22 @@ def test_a_trained_model_shrinks_too() -> None:
         assert_close(compiled.graph_module(x), expected, 1e-5)
     assert compiled.record.shrunk is not None
     assert {"grows.0", "squeezes.1"} <= set(compiled.record.shrunk.sizes)
+
+
+def test_tied_filters_stay_tied_through_calibration() -> None:
+    model, x = randomised(Residual()), torch.randn(2, 3, 15, 18)
+    rules = [wsp_compiler.PruneRule(".*")]
+    compiled = wsp_compiler.compile(
+        model, 0.5, method="fp", rules=rules, calibration=torch.randn(8, 3, 15, 18), pr_scope="layer"
+    )
+    plan = compiled.plan
+    assert torch.equal(plan["stem"].keep, plan["b"].keep)
+    assert torch.equal(plan["c"].keep, plan["b"].keep)
+    assert set(plan.refits) == set(plan)
+    assert compiled.record.shrunk is not None
+    assert compiled.record.shrunk.sizes["c"] == (5, 5)
+    trained = copy.deepcopy(wsp_compiler.prune(model, plan=plan)).double()  # the same weights, in full
+    exact = copy.deepcopy(compiled.graph_module).double()
+    with torch.no_grad():
+        for actual, expected in zip(exact(x.double()), trained(x.double()), strict=True):
+            assert relative_error(actual, expected) < 2e-6

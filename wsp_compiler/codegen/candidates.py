@@ -86,8 +86,6 @@ def three_kernels_candidates(max_rows: int, precision: str) -> list[ThreeKernels
     return [ThreeKernelsConfig(gemm, size) for size in (0, 1 << 23, 1 << 22) for gemm in gemms]
 
 
-def cpu_candidates(
-    spec: KernelSpec, site: WinogradSite, lanes: int, dot: bool = False
-) -> list[CpuConfig]:
+def cpu_candidates(spec: KernelSpec, site: WinogradSite, lanes: int, dot: bool = False) -> list[CpuConfig]:
     """Register blockings, slice sizes and ways to use threads; the default one first."""
     return cpu_configs(spec, lanes, [int(count) for count in site.row_offset.diff()], dot)
