@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
+import re
 import resource
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +89,16 @@ def _peak_bytes(name: str, pr: float | None, threads: int, answer: Any) -> None:
             del model
         for _ in range(3):
             call(x)
-    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    answer.put(_own_peak())
+
+
+def _own_peak() -> int:
+    """Peak resident bytes of this process. Linux counts those of the parent in ru_maxrss, but not in VmHWM."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_memory(name: str, pr: float | None, threads: int) -> int:

@@ -119,6 +119,18 @@ def test_the_time_of_a_less_pruned_layer_is_an_upper_bound(layer: Layer, schedul
     assert Tuner(TARGET, "off", schedules, FakeTimer(by_rows)).choose(layer, 2).candidate == CANDIDATES[0]
 
 
+@pytest.mark.parametrize(("best_us", "chosen"), [(19.0, 0), (15.0, 3)])
+def test_the_default_stays_where_another_is_faster_by_noise(
+    layer: Layer, schedules: Schedules, best_us: float, chosen: int
+) -> None:
+    key = layer_key(layer.spec, layer.site, 2, TARGET)
+    times = {0: 20.0, 3: best_us}
+    schedules.add([Record(key, "cpu", CANDIDATES[i].knobs(), us) for i, us in times.items()])
+    choice = Tuner(TARGET, "off", schedules, FakeTimer(by_rows)).choose(layer, 2)
+    assert choice.candidate == CANDIDATES[chosen]
+    assert choice.timing == Timing(times[chosen], MEASURED, CANDIDATES[chosen].label)
+
+
 def test_full_measures_everything_once(layer: Layer, schedules: Schedules) -> None:
     timer = FakeTimer(by_rows)
     said: list[str] = []

@@ -12,6 +12,7 @@ is measured depends on the level:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,9 @@ from wsp_compiler.speed import LESS_PRUNED, MEASURED, MODEL, TABLE, Timing
 
 FAST_CANDIDATES = 6
 """How many candidates of a layer "fast" measures."""
+CPU_NOISE = 0.1
+"""On two idle cores the configurations with the best recorded times were as fast as the default, measured again: 1.00x
+over twelve layers, 0.92x to 1.18x."""
 Measure = Callable[
     [Mapping[str, Call], Mapping[str, Sequence[Tensor]]], tuple[dict[str, float], dict[str, str]]
 ]
@@ -110,6 +114,8 @@ class Tuner:
             self._tune(layer, key)
         records, source = self.schedules.find(key)
         best = self._fastest(records, layer)
+        if best is not None and not self.target.is_cuda:
+            best = self._default_unless_slower(records, layer, batch, best)
         if best is not None and not self.model_only:
             return Choice(best[0], Timing(best[1], source, best[0].label))
         near = None if self.model_only else self._fastest(self.schedules.less_pruned(key), layer)
@@ -131,6 +137,20 @@ class Tuner:
             return Timing(min(known), source, VENDOR)
         us = self.model.predict(key, VENDOR, {})
         return None if us is None else Timing(us, MODEL, VENDOR)
+
+    @staticmethod
+    def _default_unless_slower(
+        records: Sequence[Record], layer: TunableLayer, batch: int, best: tuple[Candidate, float]
+    ) -> tuple[Candidate, float]:
+        """The launcher's own choice where ``best`` is faster by no more than a busy CPU's times vary."""
+        default = layer.candidates(batch * layer.spec.tiles_per_image)[0]
+        times = [
+            r.us
+            for r in records
+            if r.kind == default.kind and r.knobs == default.knobs() and r.us is not None
+        ]
+        us = min(times, default=math.inf)
+        return (default, us) if us <= best[1] * (1 + CPU_NOISE) else best
 
     def _may_measure(self) -> bool:
         capturing = self.target.is_cuda and torch.cuda.is_current_stream_capturing()
