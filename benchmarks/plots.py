@@ -118,6 +118,14 @@ def roofline(axes: Any, record: Record) -> None:
 KINDS: dict[str, Callable[[Any, Record], None]] = {"bars": bars, "sweep": sweep, "roofline": roofline}
 
 
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a PNG; ValueError if it has more than MOST_BYTES."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}")
+
+
 def draw(kind: str, record: Record, path: Path) -> None:
     """Writes one figure as a PNG of at most 150 kB.
 
@@ -134,12 +142,9 @@ def draw(kind: str, record: Record, path: Path) -> None:
         KINDS[kind](axes, record)
         where = f"{record.environment['device']}, commit {record.commit[:12]}"
         axes.set_title(f"{good_rows(record)[0].get('dtype', '')} on {where}", fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
     finally:
         pyplot.close(figure)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from benchmarks.accuracy.methods import METHODS, Variant, pruned, winograd_layer
 from benchmarks.accuracy.models import make
 from benchmarks.accuracy.saved import CLASSES
 from benchmarks.accuracy.summary import Spread, correlations, dense_accuracy, good, spreads
-from benchmarks.plots import COLOURS, MOST_BYTES
+from benchmarks.plots import COLOURS, save_figure
 from benchmarks.results import Record, Row, load
 
 NAMES = {"wsp": "WSP", "bwsp": "BWSP", "abwsp": "ABWSP", "fp": "FP", "wwp": "WWP"}
@@ -239,12 +239,9 @@ def draw(kind: str, record: Record, path: Path, given: argparse.Namespace) -> No
     try:
         FIGURES[kind](panels, record.rows, given)
         figure.suptitle(f"{record.environment['device']}, commit {record.commit[:12]}", fontsize=7)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path, dpi=100)
     finally:
         pyplot.close(figure)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
