@@ -9,7 +9,6 @@ correlated as those of photos are.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from torch.nn import functional as F
 from torchvision import models
 
 import wsp_compiler
+from benchmarks.arguments import prepare
+from benchmarks.cpu_networks import own_peak
 from benchmarks.results import new_record
 
 
@@ -30,7 +31,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pr", type=float, default=0.8)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--side", type=int, default=224)
+    parser.add_argument(
+        "--pr-scope",
+        default="layer",
+        choices=["layer", "global"],
+        help="default: the same ratio in every layer",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="on the CPU; default: torch.get_num_threads()")
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -39,13 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prune and calibrate once; one row."""
     options = parse(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare(options.device, options.threads)
     torch.manual_seed(0)
     model = models.get_model(options.network, weights=None).eval().to(options.device)
     noise = torch.randn(options.images, 3, options.side + 4, options.side + 4)
     images = 5 * F.avg_pool2d(noise, 5, stride=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak()
     begin = time.perf_counter()
-    pruned = wsp_compiler.prune(model, options.pr, calibration=images)
+    pruned = wsp_compiler.prune(model, options.pr, calibration=images, pr_scope=options.pr_scope)
     seconds = time.perf_counter() - begin
     layers = sum(isinstance(module, wsp_compiler.WinogradConv2d) for module in pruned.modules())
     record = new_record("benchmarks.calibration_cost", given, options.device)
@@ -55,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "pr": options.pr,
             "images": options.images,
             "side": options.side,
+            "pr_scope": options.pr_scope,
+            "threads": torch.get_num_threads(),
             "layers": layers,
             "seconds": seconds,
-            "host_memory_before_mb": before // 1024,
-            "host_memory_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "host_memory_before_mb": before >> 20,
+            "host_memory_peak_mb": own_peak() >> 20,
             "gpu_memory_peak_mb": torch.cuda.max_memory_allocated() // 2**20
             if options.device == "cuda"
             else None,

@@ -89,10 +89,10 @@ def _peak_bytes(name: str, pr: float | None, threads: int, answer: Any) -> None:
             del model
         for _ in range(3):
             call(x)
-    answer.put(_own_peak())
+    answer.put(own_peak())
 
 
-def _own_peak() -> int:
+def own_peak() -> int:
     """Peak resident bytes of this process. Linux counts those of the parent in ru_maxrss, but not in VmHWM."""
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,18 +60,19 @@ def poisoned_memory() -> Iterator[None]:
 def float64_errors(compiled: nn.Module, graph_module: nn.Module, x: Tensor) -> Errors:
     """Errors of `compiled(x)`, x: [n, c, h, w], against `graph_module` (the same kept weights) in float64.
 
-    Over all images; the reference runs on the device of x, a few images at a time.
+    Over all images; the reference runs where `graph_module` is, a few images at a time.
     """
     reference = copy.deepcopy(graph_module).double()
+    tensor = next(itertools.chain(reference.parameters(), reference.buffers()), x)
     with torch.no_grad(), poisoned_memory():
-        actual = compiled(x)
+        actual = compiled(x).to(tensor.device)
     per_image = 16 * max(x.shape[1], actual.shape[1]) * x.shape[2] * x.shape[3]
     images = max(1, CHUNK_ELEMENTS // per_image)
     squares, largest, total = 0.0, 0.0, 0.0
     with torch.no_grad():
         for first in range(0, x.shape[0], images):
             part = slice(first, first + images)
-            expected = reference(x[part].double())
+            expected = reference(x[part].to(tensor.device).double())
             if expected.shape != actual[part].shape:
                 raise ValueError(f"shapes differ: {tuple(actual.shape)}, exact {tuple(expected.shape)}")
             difference = (actual[part].double() - expected).abs()

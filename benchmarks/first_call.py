@@ -49,7 +49,8 @@ print(json.dumps({"compile_s": middle - start, "first_result_s": time.perf_count
 
 def measure_once(about: Row, cache: str) -> Row:
     """Seconds of one process that uses the kernel cache in `cache`, or its failure."""
-    environment = {**os.environ, "WSP_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "WSP_CACHE_DIR": cache, "PYTHONPATH": path}
     command = [sys.executable, "-c", CHILD, json.dumps(about)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:

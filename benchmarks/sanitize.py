@@ -2,14 +2,16 @@
 
     python -m benchmarks.sanitize --json FILE
 
-Runs memcheck, racecheck and synccheck, each in a process of its own that calls the fused kernel in four precisions and
-both tile sizes, and the three kernels with rows, columns and both memory formats; results are compared with float64.
-PyTorch's caching allocator is off, so that reads beyond a tensor are seen. Needs compute-sanitizer on PATH.
+Runs memcheck, racecheck and synccheck on the fused kernel in four precisions and both tile sizes, and on the three
+kernels with rows, columns and both memory formats; results are compared with float64 on the CPU. Each tool's families
+are dealt out to processes, all tools run side by side. PyTorch's caching allocator is off, so that reads beyond a
+tensor are seen. Needs compute-sanitizer on PATH.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +33,8 @@ from benchmarks.results import ROOT, Row, new_record
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = ("winograd_fused", "input_transform", "sparse_bgemm", "output_transform")
+SHARES = 4
+"""Processes of each tool."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,21 @@ def run_family(family: Family) -> str:
         model, 0.8, method=family.method, direction=family.direction, tile=family.tile, precision=family.precision,
         rules=[wsp_compiler.PruneRule(".*")], keep_slower=True, example_inputs=x,
     )  # fmt: skip
+    exact = copy.deepcopy(compiled.graph_module).cpu()  # no kernels of others under the tools
     try:
-        check(float64_errors(compiled, compiled.graph_module, x), family.precision, family.tile)
+        check(float64_errors(compiled, exact, x), family.precision, family.tile)
     except ArithmeticError as problem:
         return f"failed: {problem}"
     sources = [text for layer in compiled.layers() for text in layer.sources()]
     return ", ".join(name for name in KERNELS if any(f"{name}_kernel" in text for text in sources))
 
 
-def run_all() -> dict[str, str]:
-    """What every family ran."""
+def run_share(number: int) -> None:
+    """Every SHARES-th family from `number`: a line of JSON for each, with what it ran."""
     torch.backends.cudnn.enabled = False  # its own kernels are not what is looked at
-    return {family.name: run_family(family) for family in families()}
+    for family in families()[number::SHARES]:
+        print(f"{family.name} begins", file=sys.stderr, flush=True)
+        print(json.dumps({family.name: run_family(family)}), flush=True)
 
 
 def fill_cache(processes: int) -> None:
@@ -113,39 +121,48 @@ def fill_cache(processes: int) -> None:
         pool.map(run_family, families())
 
 
-def command(tool: str, options: str) -> list[str]:
-    """compute-sanitizer around this module's own process; ``options`` is its help text."""
-    names = [word for name in KERNELS for word in ("--kernel-name", f"kns={name}")]
-    known = names if "--kernel-name" in options else []
-    return [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        *known,
-        sys.executable,
-        "-m",
-        "benchmarks.sanitize",
-        "--child",
-    ]
+def command(tool: str, share: int, options: str) -> list[str]:
+    """compute-sanitizer around one process of this module; ``options`` is its help text."""
+    filters = [word for name in KERNELS for word in ("--kernel-regex", f"kns={name}")]
+    known = filters if "--kernel-regex" in options else []
+    child = [sys.executable, "-m", "benchmarks.sanitize", "--share", str(share)]
+    return ["compute-sanitizer", "--tool", tool, *known, *child]
 
 
-def sanitize(tool: str, options: str) -> Row:
-    """One tool over all families; any finding is a failure, those that name our kernels are listed apart."""
+def _sanitize_share(tool: str, share: int, options: str) -> tuple[dict[str, str], list[str], str]:
+    """Families and what they ran, the tool's summaries, and what is wrong, empty if nothing is."""
     path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        command(tool, options), capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+        command(tool, share, options), capture_output=True, text=True, env=environment, cwd=ROOT, check=False
     )
     findings = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
     summary = [line.partition("SUMMARY: ")[2] for line in findings if "SUMMARY: " in line]
-    own = [line for line in findings if any(name in line for name in KERNELS)]
-    ran = next((json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), {})
-    bad = [f"{name}: {what}" for name, what in ran.items() if what.startswith("failed")]
-    row: Row = {"name": tool, "summary": summary, "own_findings": own[:50], "families": ran, "failure": None}
-    if not summary or not all(line.startswith("0 ") for line in summary) or not ran or bad:
-        told = [*bad, *findings[:200], *done.stderr.splitlines()[-40:]]
-        row["failure"] = f"{summary or 'no summary'}: " + "\n".join(told)
-    return row
+    ran: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        ran |= json.loads(line) if line.startswith("{") else {}
+    wrong = [f"{name}: {what}" for name, what in ran.items() if what.startswith("failed")]
+    wrong += [f"{family.name}: did not run" for family in families()[share::SHARES] if family.name not in ran]
+    if wrong or not summary or not all(line.startswith("0 ") for line in summary):
+        told = [*wrong, *findings[:100], *done.stderr.splitlines()[-40:]]
+        return ran, summary, f"process {share}, {summary or 'no summary'}: " + "\n".join(told)
+    return ran, summary, ""
+
+
+def sanitize(tool: str, options: str) -> Row:
+    """One tool over all families; any finding is a failure, whatever kernel it is in."""
+    with ThreadPoolExecutor(SHARES) as pool:
+        found = list(pool.map(lambda share: _sanitize_share(tool, share, options), range(SHARES)))
+    families_run = {name: what for ran, _, _ in found for name, what in ran.items()}
+    summary = [line for _, lines, _ in found for line in lines]
+    failures = [wrong for _, _, wrong in found if wrong]
+    return {
+        "name": tool,
+        "summary": summary,
+        "kernels": "named ones" if "--kernel-regex" in options else "all",
+        "families": families_run,
+        "failure": "\n".join(failures) or None,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,22 +170,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     made = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--json", metavar="FILE", help="write the record there, after every tool")
+    made.add_argument("--json", metavar="FILE", help="write the record there")
     made.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    made.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--share", type=int, help=argparse.SUPPRESS)
     given = made.parse_args(arguments)
-    if given.child:
-        print(json.dumps(run_all()))
+    if given.share is not None:
+        run_share(given.share)
         return 0
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
         made.error("needs a CUDA GPU and compute-sanitizer on PATH (it comes with the CUDA toolkit)")
     fill_cache(processes=8)
     shown = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False)
     record = new_record("benchmarks.sanitize", arguments, "cuda")
-    for tool in given.tools:
-        record.rows.append(sanitize(tool, shown.stdout + shown.stderr))
-        if given.json:
-            record.save(given.json)
+    with ThreadPoolExecutor(len(given.tools)) as pool:
+        record.rows += pool.map(lambda tool: sanitize(tool, shown.stdout + shown.stderr), given.tools)
+    if given.json:
+        record.save(given.json)
     cells = [[row["name"], "; ".join(row["summary"]), str(len(row["families"]))] for row in record.rows]
     print(text_table(["tool", "summary", "families"], cells))
     for row in record.rows:

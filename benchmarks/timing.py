@@ -3,13 +3,15 @@
 CUDA: replays of one CUDA graph per candidate, which holds many calls over rotating inputs that together are
 at least twice the L2 cache. What cannot be captured is timed by events around plain calls, and says so. Before each
 timed replay the candidate runs for 100 ms: a GPU at its power limit changes its clock over tens of milliseconds, and
-a candidate that is timed sooner runs at the clock that the one before it left behind (docs/benchmarks.md).
+a candidate that is timed sooner runs at the clock that the one before it left behind (docs/benchmarks.md). The order
+of the candidates is drawn anew in every round.
 CPU: groups of calls of at least five milliseconds, after a pause and one untimed call.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -200,9 +202,10 @@ def _measure_cuda(
     for batch in batches.values():
         rounds = _rounds(rounds, 2e-6 * _launch_settled(batch))
     samples: dict[str, list[float]] = {label: [] for label in batches}
+    order = random.Random(0)
     for _ in range(rounds):
-        for label, batch in batches.items():
-            samples[label].append(_launch_settled(batch) / batch.calls)
+        for label in order.sample(list(batches), len(batches)):  # not always warmed by the same neighbour
+            samples[label].append(_launch_settled(batches[label]) / batches[label].calls)
     times = Times()
     for label, batch in batches.items():
         times.enter(label, samples[label], batch.how)

@@ -34,7 +34,7 @@ class Distortion:
     shear: float = 0.3
     shift: float = 0.25
     clutter: int = 3
-    noise: float = 0.25
+    noise: float = 0.35
 
     def __call__(self, digits: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 [n, 1, h, w] -> float32 [n, 3, 32, 32], mean about 0; every call draws anew."""

@@ -21,14 +21,17 @@ def test_families_cover_every_precision_tile_and_format() -> None:
     assert len({f.name for f in found}) == len(found)
 
 
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+
+
 @pytest.mark.parametrize(
     ("output", "clean"),
     [
-        ("========= ERROR SUMMARY: 0 errors\n{}", True),
+        (CLEAN + "{}", True),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n{}", True),
         ("========= Invalid read in winograd_fused_kernel\n========= ERROR SUMMARY: 2 errors\n{}", False),
         ("========= Race in cudnn_conv\n========= RACECHECK SUMMARY: 1 hazard displayed\n{}", False),
-        ("========= ERROR SUMMARY: 0 errors\n", False),
+        (CLEAN, False),
         ("{}", False),
     ],
 )
@@ -38,19 +41,28 @@ def test_clean_means_a_summary_without_findings(
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
         assert "kns=winograd_fused" in command
-        text = output.replace("{}", json.dumps({"fp16": "winograd_fused"}))
+        lines = [json.dumps({f.name: "winograd_fused"}) for f in sanitize.families()[int(command[-1]) :: 4]]
+        text = output.replace("{}", "\n".join(lines))
         return subprocess.CompletedProcess(command, 0, text, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    row = sanitize.sanitize("memcheck", "  --kernel-name arg  which kernels")
+    row = sanitize.sanitize("memcheck", "  --kernel-regex arg  which kernels")
     assert (row["failure"] is None) == clean
+    assert len(row["families"]) == (len(sanitize.families()) if "{}" in output else 0)
 
 
 def test_a_wrong_result_is_not_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "========= ERROR SUMMARY: 0 errors\n" + json.dumps({"fp16": "failed: error 0.5"})
+    text = CLEAN + "\n".join(json.dumps({f.name: "failed: error 0.5"}) for f in sanitize.families())
     done = subprocess.CompletedProcess([], 0, text, "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     assert "error 0.5" in sanitize.sanitize("memcheck", "")["failure"]
+
+
+def test_a_family_that_did_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, CLEAN, "died")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    failure = sanitize.sanitize("memcheck", "")["failure"]
+    assert all(f"{family.name}: did not run" in failure for family in sanitize.families())
 
 
 def test_without_a_gpu_it_says_what_is_missing(

@@ -58,9 +58,12 @@ def unpacked(w: FusedWeights, precision: str, groups: int, positions: int, rows:
 
 
 @pytest.mark.parametrize("precision", DTYPE)
+@pytest.mark.parametrize("pr", [0.2, 0.6])
 @pytest.mark.parametrize(("tile", "groups"), [(2, 1), (2, 2), (4, 1), (4, 2)])
-def test_fragments_hold_the_kept_rows_and_slots_find_them(precision: str, tile: int, groups: int) -> None:
-    case, w, rows = packed_case(precision, tile, groups)
+def test_fragments_hold_the_kept_rows_and_slots_find_them(
+    precision: str, tile: int, groups: int, pr: float
+) -> None:
+    case, w, rows = packed_case(precision, tile, groups, pr=pr)
     positions, n = case.spec.winograd.positions, case.spec.filters
     D = torch.tensor(POSITION_SCALES[tile])
     scales = torch.outer(D, D).flatten()
@@ -74,7 +77,10 @@ def test_fragments_hold_the_kept_rows_and_slots_find_them(precision: str, tile: 
         kept = case.site.rows[offsets[k] : offsets[k + 1]].long()
         pruned = torch.ones(n, dtype=torch.bool)
         pruned[kept] = False
-        assert bool((slot[k, pruned] == rows).all())  # the zero after the rows
+        if rows < n // groups:
+            assert bool((slot[k, pruned] == rows).all())  # the zero after the rows
+        else:
+            assert torch.equal(slot[k], torch.arange(n) % (n // groups))  # every filter in its own row
         for f, expected in zip(kept.tolist(), U_k.double(), strict=True):
             actual = U[f // (n // groups), k, int(slot[k, f])]
             expected = expected * scales[k] * float(weights[f])

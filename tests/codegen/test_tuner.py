@@ -22,7 +22,7 @@ from wsp_compiler.codegen.schedule_records import VENDOR, Record
 from wsp_compiler.codegen.schedules import Schedules, save_table
 from wsp_compiler.codegen.spec import CpuConfig, KernelSpec, ThreeKernelsConfig
 from wsp_compiler.codegen.targets import CodeTarget, cuda_target
-from wsp_compiler.codegen.tuner import FAST_CANDIDATES, Tuner
+from wsp_compiler.codegen.tuner import FAST_CANDIDATES, Choice, Tuner
 from wsp_compiler.ops import WinogradSite
 from wsp_compiler.speed import LESS_PRUNED, MEASURED, MODEL, OTHER_KERNELS, TABLE, Timing
 
@@ -117,6 +117,20 @@ def test_the_time_of_a_less_pruned_layer_is_an_upper_bound(layer: Layer, schedul
     exact = Record(key, "cpu", CANDIDATES[0].knobs(), 20.0)
     schedules.add([exact])
     assert Tuner(TARGET, "off", schedules, FakeTimer(by_rows)).choose(layer, 2).candidate == CANDIDATES[0]
+
+
+def test_as_many_rows_in_other_groups_say_what_is_faster(layer: Layer, tmp_path: Path) -> None:
+    key = layer_key(layer.spec, layer.site, 2, TARGET)
+    other = dataclasses.replace(key, block=key.block + 8)
+    times = {(key, 4): 15.0, (other, 5): 11.0}
+    records = [Record(k, "cpu", CANDIDATES[i].knobs(), us) for (k, i), us in times.items()]
+    save_table(tmp_path / "tables" / "device.json", records, {})
+    shipped = Schedules(tmp_path / "schedules.jsonl", tmp_path / "tables")
+    choice = Tuner(TARGET, "off", shipped, FakeTimer(by_rows)).choose(layer, 2)
+    assert choice == Choice(CANDIDATES[5], Timing(11.0, TABLE, CANDIDATES[5].label))
+    shipped.add([Record(key, "cpu", CANDIDATES[3].knobs(), 14.0)])
+    own = Tuner(TARGET, "off", shipped, FakeTimer(by_rows)).choose(layer, 2)
+    assert own.timing == Timing(14.0, MEASURED, CANDIDATES[3].label), "what the user measured counts more"
 
 
 @pytest.mark.parametrize(("best_us", "chosen"), [(19.0, 0), (15.0, 3)])

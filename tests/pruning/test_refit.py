@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.pruning.test_moments import moments
-from wsp_compiler.pruning.refit import refit
+from wsp_compiler.pruning.refit import _System, refit
 from wsp_compiler.winograd import transform, transform_weight
 from wsp_compiler.winograd_conv import tile_filters, winograd_convolution
 
@@ -109,3 +111,37 @@ def test_an_input_of_zeros_and_an_unused_filter() -> None:
     found = refit(moments(x, y, 2), U, keep)
     assert not bool(found.U[:, 2].any())
     assert float(found.bias[2]) == pytest.approx(float(y[:, 2].mean()), rel=1e-5)
+
+
+class Blocks:
+    """Moments of a layer of which the solver's preconditioner needs the positions' own blocks alone."""
+
+    tile = 2
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.gram, self.blocks = blocks[0], blocks
+
+    def position_grams(self) -> Tensor:
+        return self.blocks
+
+
+def test_many_channels_are_preconditioned_on_several_threads() -> None:
+    """PyTorch's batched LU decomposition fails here; see _System."""
+    sample = torch.randn(16, 256, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        kept = torch.ones(3, 16, 256, dtype=torch.bool)
+        system = _System(cast("Any", Blocks(sample @ sample.mT)), kept, 1e-3)
+    finally:
+        torch.set_num_threads(before)
+    damped = sample @ sample.mT + system.white.diagonal().view(-1, 1, 1) * torch.eye(256)
+    assert torch.allclose(damped @ system.inverse, torch.eye(256).expand(16, -1, -1), atol=1e-2)
+
+
+def test_a_block_that_is_not_positive_definite_is_preconditioned_by_its_diagonal() -> None:
+    blocks = torch.eye(4).repeat(16, 1, 1)
+    blocks[3] = -5 * torch.eye(4)
+    system = _System(cast("Any", Blocks(blocks)), torch.ones(5, 16, 4, dtype=torch.bool), 1e-3)
+    assert torch.allclose(system.inverse, torch.diag_embed(1 / system.diagonal.view(16, 4)))
+    assert bool((system.inverse[3].diagonal() < 0).all())

@@ -24,7 +24,7 @@ class FusedWeights:
         U: uint32 words in mma fragment order [group][words / 8][position][rows / 16][high, low][lane][4]; "low" (what
             tf32 left over) exists in fp32 only.
         slot: uint32 [p*p / 2, n], for positions 2i (lower half) and 2i + 1 the row of M_k within its group that
-            holds a filter; pruned: the zero at ``rows``.
+            holds a filter; pruned: a row of zeros, the one at ``rows`` or its own.
         bias: float32 [n].
         factor: float32 [n], what the output transform's results have to be multiplied by.
     """
@@ -106,10 +106,15 @@ def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> Fus
             where="pack_fused",
             fix="give more rows, or more groups",
         )
+    slot = torch.full((positions, n), rows, dtype=torch.int64, device=device)
+    if (
+        rows >= n // G
+    ):  # room for all: in their own order, pruned ones as zeros, M is read without bank conflicts
+        rank = kept % (n // G)
+        slot[:] = torch.arange(n, device=device) % (n // G)
+    slot[position, kept] = rank
     padded = torch.zeros((G, positions, rows, c), device=device)
     padded[group, position, rank] = weights * scale[kept, None]
-    slot = torch.full((positions, n), rows, dtype=torch.int64, device=device)
-    slot[position, kept] = rank
     halves = slot.view(positions // 2, 2, n)
     packed_slot = (halves[:, 0] | halves[:, 1] << 16).to(torch.int32)
     return FusedWeights(

@@ -107,8 +107,11 @@ class _System:
         blocks = blocks + self.white.diagonal().view(-1, 1, 1) * eye
         self.diagonal = blocks.diagonal(dim1=1, dim2=2).reshape(1, p2, c)
         if self.whole_rows:
-            inverse: Tensor = cast("Any", torch.linalg).inv(blocks.double())
-            self.inverse = inverse.to(blocks.dtype)
+            # Not linalg.inv: with PyTorch 2.14 and several CPU threads its batched LU fails from 256 channels on.
+            factor, failed = cast("Any", torch.linalg).cholesky_ex(blocks.double())
+            inverse = torch.cholesky_inverse(factor).to(blocks.dtype)
+            diagonal = torch.diag_embed(1 / self.diagonal.view(p2, c))
+            self.inverse = torch.where((failed == 0).view(-1, 1, 1), inverse, diagonal)
 
     def damp(self, X: Tensor) -> Tensor:
         """Damping times X [n, p*p*c]."""

@@ -35,6 +35,7 @@ def prune(
     importance: str = "output",
     rules: Iterable[PruneRule] = (),
     plan: PruningPlan | None = None,
+    pr_scope: str = "layer",
 ) -> nn.Module:
     """A copy of ``model`` whose pruned convolutions are trainable :class:`WinogradConv2d`.
 
@@ -46,6 +47,7 @@ def prune(
         pr, calibration, example_inputs, method, direction, tile, importance, rules: as for
             :func:`wsp_compiler.compile`. Calibration gives training a far better start.
         plan: use this plan and its weights instead.
+        pr_scope: "layer", the same ratio in every layer as in the papers, or "global".
 
     Returns:
         A module of the model's class, in eval mode, on its device.
@@ -58,7 +60,7 @@ def prune(
     convolutions = {path: conv for path, conv in named_modules(model) if isinstance(conv, nn.Conv2d)}
     calls = None if calibration is None else calibration_calls(calibration, model, example_inputs)
     if plan is None:
-        options = CompileOptions(pr, method, direction, tile, importance, tuple(rules), pr_scope="layer")
+        options = CompileOptions(pr, method, direction, tile, importance, tuple(rules), pr_scope=pr_scope)
         chosen = Planner(traced, collect_sites(traced), convolutions, options, None, calls).make()
     else:
         plan.check_fits(convolutions)
