@@ -123,8 +123,8 @@ def fill_cache(processes: int) -> None:
 
 def command(tool: str, share: int, options: str) -> list[str]:
     """compute-sanitizer around one process of this module; ``options`` is its help text."""
-    filters = [word for name in KERNELS for word in ("--kernel-regex", f"kns={name}")]
-    known = filters if "--kernel-regex" in options else []
+    filters = [word for name in KERNELS for word in ("--kernel-name", f"kns={name}")]
+    known = filters if "--kernel-name" in options else []
     child = [sys.executable, "-m", "benchmarks.sanitize", "--share", str(share)]
     return ["compute-sanitizer", "--tool", tool, *known, *child]
 
@@ -159,7 +159,7 @@ def sanitize(tool: str, options: str) -> Row:
     return {
         "name": tool,
         "summary": summary,
-        "kernels": "named ones" if "--kernel-regex" in options else "all",
+        "kernels": "named ones" if "--kernel-name" in options else "all",
         "families": families_run,
         "failure": "\n".join(failures) or None,
     }

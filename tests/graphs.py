@@ -102,6 +102,19 @@ def conv(c: int = 4, n: int = 4, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(c, n, 3, padding=1, **options)
 
 
+def small_network() -> nn.Sequential:
+    """Two eligible convolutions, one with too few channels, one 1x1."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 16, 3, padding=1, bias=False),
+        nn.Conv2d(16, 4, 1),
+    ).eval()
+
+
 class Net(nn.Module):
     """Base of small test models in eval mode: attributes from keyword arguments."""
 

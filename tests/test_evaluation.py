@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from wsp_compiler.errors import EvaluationError, WspError
-from wsp_compiler.evaluation import evaluate
+from wsp_compiler.evaluation import drop_of, evaluate
+from wsp_compiler.plan import PruningPlan
 
 
 def test_numbers_and_tensors_of_one_element() -> None:
@@ -47,3 +48,11 @@ def test_what_it_raises_is_kept() -> None:
         evaluate(broken, nn.Identity())
     assert isinstance(found.value.__cause__, KeyError)
     assert isinstance(found.value, WspError)
+
+
+def test_a_drop_is_against_the_dense_model_which_is_evaluated_once() -> None:
+    values = iter([5.0, 3.0, 4.5])
+    drop = drop_of(lambda model: next(values), nn.Sequential(nn.ReLU()).eval(), None)
+    assert drop is not None
+    assert [drop(PruningPlan()), drop(PruningPlan())] == [2.0, 0.5]
+    assert drop_of(None, nn.Identity(), None) is None

@@ -7,32 +7,35 @@ nn.Module -trace-> TracedModel -collect_sites-> sites -make_plan-> PruningPlan
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Generator, Iterable
-from functools import partial
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from wsp_compiler.abwsp.run import searched_plan
+from wsp_compiler.arguments import (
+    check_budgets,
+    check_execution,
+    check_precision,
+    check_rules,
+    check_type,
+    device_of,
+    moved_to,
+)
 from wsp_compiler.batches import calibration_calls
 from wsp_compiler.budget.times import network_milliseconds
 from wsp_compiler.calibration import apply_norms
-from wsp_compiler.errors import ModelError, OptionError
-from wsp_compiler.evaluation import EvalFn, evaluate
-from wsp_compiler.filters.shrink import Shrunk, shrink
+from wsp_compiler.evaluation import EvalFn, drop_of
+from wsp_compiler.lowering import lower
 from wsp_compiler.options import CompileOptions, PruneRule
-from wsp_compiler.passes import PassRecord, Pipeline, run_pipeline
+from wsp_compiler.passes import Pipeline
 from wsp_compiler.passes import pipeline as default_pipeline
 from wsp_compiler.plan import PruningPlan, plan_times
 from wsp_compiler.planning import Planner
 from wsp_compiler.progress import progress
 from wsp_compiler.sites import collect_sites
-from wsp_compiler.trace import TracedModel, TracedUnit, check_model, example_call, trace
-from wsp_compiler.training.prune import prune, unprune
-from wsp_compiler.verify import make_check
+from wsp_compiler.trace import check_model, example_call, trace
+from wsp_compiler.training.prune import unprune
 
 if TYPE_CHECKING:
     from wsp_compiler.codegen.tuner import Tuner
@@ -137,35 +140,34 @@ def compile(
     from wsp_compiler.codegen.tuner import Tuner
     from wsp_compiler.runtime import CompilationRecord, CompiledModule, emit
 
-    if not isinstance(rules, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"rules is {rules!r}", where="compile", fix="pass a list of wsp_compiler.PruneRule")
+    # what is asked for
+    check_rules(rules)
     options = CompileOptions(
         pr, method or "abwsp", direction, tile, importance, tuple(rules), precision,
         block=block, keep_slower=keep_slower, tune=tune,
         pr_scope=pr_scope, target_latency=target_latency, max_drop=max_drop,
     )  # fmt: skip
-    _check_budgets(options, plan, example_inputs, eval_fn)
-    _check_type("passes", passes, Pipeline, "edit wsp_compiler.pipeline: its methods return a Pipeline")
-    _check_type(
-        "plan", plan, PruningPlan, "use PruningPlan.from_json(text) or another compiled module's plan"
-    )
+    check_budgets(options, plan, example_inputs, eval_fn)
+    check_type("passes", passes, Pipeline, "edit wsp_compiler.pipeline: its methods return a Pipeline")
+    check_type("plan", plan, PruningPlan, "use PruningPlan.from_json(text) or another compiled module's plan")
     model = check_model(model)
     if plan is None and calibration is None and (trained := unprune(model)) is not None:
         model, plan = trained
-    code_target = resolve_target(target, _device_of(model))
-    _check_precision(options, code_target.is_cuda)
-    _check_execution(rest, cuda_graph, code_target.is_cuda)
-    if _device_of(model) != code_target.device:
-        model = copy.deepcopy(model).to(code_target.device)
-        example_inputs = _moved(example_inputs, code_target.device)
+    code_target = resolve_target(target, device_of(model))
+    check_precision(options, code_target.is_cuda)
+    check_execution(rest, cuda_graph, code_target.is_cuda)
+    model, example_inputs = moved_to(code_target.device, model, example_inputs)
     if plan is None:
         plan = searched_plan(model, options, eval_fn, calibration, example_inputs, target)
         calibration = calibration if plan is None else None  # the searched plan is calibrated
 
+    # trace, and find the convolutions
     traced = trace(model, example_inputs)
     sites = collect_sites(traced)
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     convolutions = {path: module for path, module in modules if isinstance(module, nn.Conv2d)}
+
+    # plan
     calls = None if calibration is None else calibration_calls(calibration, model, example_inputs)
     tuner = Tuner(code_target, tune)
     speed = PlanSpeed(tuner, precision)
@@ -180,15 +182,19 @@ def compile(
 
     with _showing_measurements(tuner, sum(site.reject is None for site in sites)):
         if plan is None:
-            chosen = planner.make(measured, _drop(eval_fn, model, example_inputs))
+            chosen = planner.make(measured, drop_of(eval_fn, model, example_inputs))
             times = chosen.times
         else:
             plan.check_fits(convolutions)
             times = plan_times(plan, sites, convolutions, speed)
             chosen = planner.calibrated(plan, choose=False)
+
+    # lower
     for unit in traced.units.values():
         apply_norms(unit, model, chosen)
-    records, shrunk = _lower(traced, chosen, passes or default_pipeline, example_inputs, check)
+    records, shrunk = lower(traced, chosen, passes or default_pipeline, example_inputs, check)
+
+    # emit
     dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}
     emitted = {path: emit(gm, code_target, precision, dtypes, rest) for path, gm in traced.units.items()}
     compiled = CompiledModule(
@@ -202,6 +208,8 @@ def compile(
         apply_norms(cast("nn.Module", part), model, chosen)
     for layer in compiled.layers():
         layer.tuner = tuner
+
+    # build
     if example_inputs is not None:
         prebuild(
             compiled.layers(),
@@ -221,130 +229,6 @@ def _showing_measurements(tuner: Tuner, layers: int) -> Generator[None]:
             yield
         finally:
             tuner.on_measure = None
-
-
-def _drop(
-    eval_fn: EvalFn | None, model: nn.Module, example_inputs: Any
-) -> Callable[[PruningPlan], float] | None:
-    """How much ``eval_fn`` loses under a plan against the dense model, which is evaluated at the first call."""
-    if eval_fn is None:
-        return None
-    dense: list[float] = []
-
-    def drop(plan: PruningPlan) -> float:
-        if not dense:
-            dense.append(evaluate(eval_fn, copy.deepcopy(model), "the dense model"))
-        return dense[0] - evaluate(eval_fn, prune(model, plan=plan, example_inputs=example_inputs))
-
-    return drop
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) > 1:
-        listed = ", ".join(sorted(map(str, devices)))
-        raise ModelError(
-            f"its tensors are on several devices: {listed}", where="model", fix="move it to one device"
-        )
-    return next(iter(devices), torch.device("cpu"))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    return pytree.tree_map(move, value)
-
-
-def _check_type(name: str, value: object, kind: type, fix: str) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise OptionError(
-            f"{name} is a {type(value).__name__}, not a {kind.__name__}", where="compile", fix=fix
-        )
-
-
-def _check_precision(options: CompileOptions, is_cuda: bool) -> None:
-    if not is_cuda and options.precision in ("tf32", "fp16"):
-        raise OptionError(
-            f"precision {options.precision!r} does not exist on the CPU",
-            where="compile",
-            fix="use 'fp32' or 'bf16'",
-        )
-
-
-def _check_budgets(
-    options: CompileOptions, plan: PruningPlan | None, example_inputs: Any, eval_fn: EvalFn | None
-) -> None:
-    """What the budgets need, and that nothing is given that would not be read."""
-    budgets = [name for name in ("target_latency", "max_drop") if getattr(options, name) is not None]
-    if plan is not None and budgets:
-        raise OptionError(
-            f"both plan and {budgets[0]} say how much is pruned", where="compile", fix="give one of them"
-        )
-    if options.target_latency is not None and example_inputs is None:
-        raise OptionError(
-            "target_latency needs inputs to measure with", where="compile", fix="pass example_inputs"
-        )
-    if eval_fn is not None and not callable(eval_fn):
-        raise OptionError(
-            f"eval_fn is a {type(cast('object', eval_fn)).__name__}",
-            where="compile",
-            fix="pass a function that takes a model and returns a number, higher is better",
-        )
-    if options.max_drop is not None and eval_fn is None:
-        raise OptionError(
-            "max_drop needs eval_fn to measure it", where="compile", fix="pass eval_fn(model) -> float"
-        )
-
-
-def _check_execution(rest: str, cuda_graph: bool, is_cuda: bool) -> None:
-    if rest not in ("eager", "inductor"):
-        raise OptionError(f"unknown rest {rest!r}", where="compile", fix="use 'eager' or 'inductor'")
-    _check_type("cuda_graph", cuda_graph, bool, "use True or False")
-    if cuda_graph and not is_cuda:
-        raise OptionError(
-            "cuda_graph=True on the CPU", where="compile", fix="compile for a CUDA device, or leave it False"
-        )
-
-
-def _lower(
-    traced: TracedModel, plan: PruningPlan, pipeline: Pipeline, example_inputs: Any, check: bool
-) -> tuple[tuple[PassRecord, ...], Shrunk]:
-    """Remove pruned filters, then run the passes on every unit, in place."""
-    if check and example_inputs is None:
-        raise OptionError("check=True needs inputs to compare on", where="compile", fix="pass example_inputs")
-    inputs = _unit_inputs(traced, example_inputs) if check else {}
-    checks: dict[str, Any] = {}
-    unchecked = {path: make_check(traced.units[path], plan, given) for path, given in inputs.items()}
-    shrunk = shrink(traced.units, plan)
-    for path, checker in unchecked.items():
-        checks[path] = partial(checker, plan=shrunk.plan)
-        checks[path](traced.units[path], "shrink_filters")
-    records: list[PassRecord] = []
-    for path, gm in traced.units.items():
-        records += run_pipeline(pipeline, gm, shrunk.plan, unit=path, check=checks.get(path))
-    return tuple(records), shrunk
-
-
-def _unit_inputs(traced: TracedModel, example_inputs: Any) -> dict[str, tuple[Any, ...]]:
-    """Placeholder values that each unit receives on the example inputs (its first call)."""
-    recorded: dict[str, tuple[Any, ...]] = {}
-    runner = traced.assemble(traced.units)
-    names = {id(gm): path for path, gm in traced.units.items()}
-
-    def record(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(unit, TracedUnit)
-        path = names[id(unit.graph_module)]
-        if path not in recorded:  # copied: the unit may write into its inputs
-            recorded[path] = copy.deepcopy(unit.call.bind(args, kwargs))
-
-    for module in runner.modules():
-        if isinstance(module, TracedUnit):
-            module.register_forward_pre_hook(record, with_kwargs=True)
-    args, kwargs = example_call(example_inputs)
-    with torch.no_grad():
-        runner(*args, **kwargs)
-    return recorded
 
 
 def _build_kernels(compiled: nn.Module, example_inputs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from wsp_compiler.errors import EvaluationError
+from wsp_compiler.plan import PruningPlan
+from wsp_compiler.training.prune import prune
 
 EvalFn = Callable[[nn.Module], float]
 """Quality of a model, higher is better."""
@@ -46,4 +49,20 @@ def evaluate(eval_fn: EvalFn, model: nn.Module, what: str = "the pruned model") 
     return value
 
 
-__all__ = ["EvalFn", "evaluate"]
+def drop_of(
+    eval_fn: EvalFn | None, model: nn.Module, example_inputs: Any
+) -> Callable[[PruningPlan], float] | None:
+    """How much ``eval_fn`` loses under a plan against the dense model, which is evaluated at the first call."""
+    if eval_fn is None:
+        return None
+    dense: list[float] = []
+
+    def drop(plan: PruningPlan) -> float:
+        if not dense:
+            dense.append(evaluate(eval_fn, copy.deepcopy(model), "the dense model"))
+        return dense[0] - evaluate(eval_fn, prune(model, plan=plan, example_inputs=example_inputs))
+
+    return drop
+
+
+__all__ = ["EvalFn", "drop_of", "evaluate"]

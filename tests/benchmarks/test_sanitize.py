@@ -46,7 +46,7 @@ def test_clean_means_a_summary_without_findings(
         return subprocess.CompletedProcess(command, 0, text, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    row = sanitize.sanitize("memcheck", "  --kernel-regex arg  which kernels")
+    row = sanitize.sanitize("memcheck", "  --kernel-name arg  which kernels")
     assert (row["failure"] is None) == clean
     assert len(row["families"]) == (len(sanitize.families()) if "{}" in output else 0)
 

@@ -45,9 +45,13 @@ def loses_precision(spec: KernelSpec, site: WinogradSite) -> bool:
     """
     if spec.tile != 4 or elements_per_word(spec) != 2:
         return False
-    kept = torch.bincount(site.rows.long(), minlength=spec.filters)  # positions of each filter
-    whole = int((kept == spec.winograd.positions).sum())
-    return whole > 0.1 * int((kept > 0).sum())
+
+    def count() -> bool:
+        kept = torch.bincount(site.rows.long(), minlength=spec.filters)  # positions of each filter
+        whole = int((kept == spec.winograd.positions).sum())
+        return whole > 0.1 * int((kept > 0).sum())
+
+    return packed(site, "mostly whole filters", count)  # counting waits for the device
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,10 @@ def fused_candidates(
 
 def _densest(spec: KernelSpec, limits: DeviceLimits, knobs: tuple[int, ...]) -> FusedConfig | None:
     """The configuration with most blocks per SM that neither registers nor shared memory forbid."""
+    warps = knobs[5]
     for blocks, prefetch in itertools.product((6, 5, 4, 3, 2, 1), (6, 3, 2, 1)):
+        if not 8 <= blocks * warps <= 24:
+            continue
         try:
             config = FusedConfig(*knobs, prefetch=prefetch, blocks_per_sm=blocks)
         except OptionError:
@@ -151,7 +158,7 @@ def _densest(spec: KernelSpec, limits: DeviceLimits, knobs: tuple[int, ...]) -> 
         shared = config.shared_bytes(packed=elements_per_word(spec) == 2) + 1024 + 16 * config.tiles
         fits = shared <= limits.shared_per_block and shared * blocks <= limits.shared_per_sm
         enough = registers_needed(spec, config) <= registers_per_thread(config) + 4
-        if fits and enough and 8 <= blocks * config.warps <= 24:
+        if fits and enough:
             return config
     return None
 

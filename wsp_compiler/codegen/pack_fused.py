@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wsp_compiler.codegen.packed import packed
 from wsp_compiler.codegen.position_scales import INPUT_GROWTH, OUTPUT_SCALE, POSITION_SCALES, input_scale
 from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.errors import OptionError
@@ -37,10 +38,14 @@ class FusedWeights:
 
 def rows_per_group(site: WinogradSite, groups: int) -> int:
     """The largest number of kept rows of any (position, filter group)."""
-    positions, n = site.row_offset.numel() - 1, site.bias.numel()
-    position = torch.repeat_interleave(site.row_offset.diff().long())
-    block = position * groups + site.rows.long() // (n // groups)
-    return int(torch.bincount(block, minlength=positions * groups).max())
+
+    def count() -> int:
+        positions, n = site.row_offset.numel() - 1, site.bias.numel()
+        position = torch.repeat_interleave(site.row_offset.diff().long())
+        block = position * groups + site.rows.long() // (n // groups)
+        return int(torch.bincount(block, minlength=positions * groups).max())
+
+    return packed(site, ("rows per group", groups), count)  # counting waits for the device
 
 
 def fit_rows(config: FusedConfig, site: WinogradSite) -> FusedConfig:
