@@ -11,6 +11,7 @@ import wsp_compiler
 from tests.graphs import small_network
 from tests.reference import relative_error
 from wsp_compiler import PruneRule, PruningPlan
+from wsp_compiler.arguments import device_of, moved_to
 from wsp_compiler.errors import ModelError, OptionError
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -43,6 +44,14 @@ def test_a_model_on_several_devices_is_refused() -> None:
     scattered[5].to("meta")
     with pytest.raises(ModelError, match="several devices: cpu, meta"):
         wsp_compiler.compile(scattered)
+
+
+def test_only_what_is_elsewhere_is_copied() -> None:
+    model, inputs = small_network(), {"x": [torch.ones(1)], "flag": True}
+    assert moved_to(torch.device("cpu"), model, inputs) == (model, inputs)
+    copied, moved = moved_to(torch.device("meta"), model, inputs)
+    assert (device_of(model).type, device_of(copied).type) == ("cpu", "meta")
+    assert (moved["x"][0].device.type, moved["flag"]) == ("meta", True)
 
 
 @pytest.mark.cuda

@@ -28,7 +28,7 @@ from wsp_compiler.calibration import apply_norms
 from wsp_compiler.evaluation import EvalFn, drop_of
 from wsp_compiler.lowering import lower
 from wsp_compiler.options import CompileOptions, PruneRule
-from wsp_compiler.passes import Pipeline
+from wsp_compiler.passes import Pipeline, inductor_pipeline
 from wsp_compiler.passes import pipeline as default_pipeline
 from wsp_compiler.plan import PruningPlan, plan_times
 from wsp_compiler.planning import Planner
@@ -100,7 +100,8 @@ def compile(
             "bf16"); None follows the model's dtype and, for float32 on CUDA,
             ``torch.backends.cudnn.allow_tf32``. Inputs and outputs keep their dtype.
         target: None (the model's device), "cpu", "cuda", "cuda:N" or a TVM target.
-        passes: a :class:`~wsp_compiler.passes.Pipeline`; by default ``wsp_compiler.pipeline``.
+        passes: a :class:`~wsp_compiler.passes.Pipeline`; by default ``wsp_compiler.pipeline``, for rest="inductor"
+            ``wsp_compiler.passes.inductor_pipeline``.
         check: compare the graph's output in float64 after every pass (needs example_inputs; slow).
         plan: use this plan instead of making one (pr, method, direction, tile, block, rules and keep_slower are
             then not read). It is never changed; the report says where dense would have been faster.
@@ -189,10 +190,11 @@ def compile(
             times = plan_times(plan, sites, convolutions, speed)
             chosen = planner.calibrated(plan, choose=False)
 
-    # lower
+    # shrink, and run the passes
     for unit in traced.units.values():
         apply_norms(unit, model, chosen)
-    records, shrunk = lower(traced, chosen, passes or default_pipeline, example_inputs, check)
+    passes = passes or (inductor_pipeline if rest == "inductor" else default_pipeline)
+    records, shrunk = lower(traced, chosen, passes, example_inputs, check)
 
     # emit
     dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}

@@ -31,7 +31,6 @@ from wsp_compiler.passes.base import (
     is_op,
     site_of,
 )
-from wsp_compiler.passes.max_pooling import epilogue_behind, max_pool_behind
 from wsp_compiler.plan import PruningPlan
 from wsp_compiler.sites import ConvSite
 from wsp_compiler.sparse_layer import SparseLayer
@@ -116,14 +115,6 @@ def _separate(graph: fx.Graph, home: str, conv: VendorConv, given: Mapping[str, 
     return graph.call_function(F.relu, (y,)) if conv.activation == "relu" else y
 
 
-def _pooled(graph: fx.Graph, home: str, conv: VendorConv, x: Any, pool: fx.Node) -> fx.Node:
-    """The convolution alone; its bias and activation move behind ``pool``."""
-    weight = graph.get_attr(f"{home}.weight")
-    how = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    epilogue_behind(pool, None if conv.bias is None else f"{home}.bias", conv.activation == "relu")
-    return graph.call_function(F.conv2d, (x, weight, None, *how))
-
-
 def emit(
     gm: fx.GraphModule,
     target: CodeTarget,
@@ -183,13 +174,9 @@ def emit(
             if rest == "eager":
                 call(node, conv, (given["x"], given["residual"]))
                 continue
-            place, pool = f"{home}.{count}", max_pool_behind(emitted, node)
-            emitted.add_submodule(place, conv)
+            emitted.add_submodule(f"{home}.{count}", conv)
             with graph.inserting_before(node):
-                if pool is not None and given["residual"] is None:
-                    replace_by(node, _pooled(graph, place, conv, given["x"], pool))
-                else:
-                    replace_by(node, _separate(graph, place, conv, given))
+                replace_by(node, _separate(graph, f"{home}.{count}", conv, given))
             count += 1
         elif is_op(node, OUTPUT_TRANSFORM) and is_op(M := arguments(node)["M"], SPARSE_BGEMM):
             V = arguments(M)["V"]

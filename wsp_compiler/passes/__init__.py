@@ -16,6 +16,7 @@ from wsp_compiler.passes.fuse_epilogue import FuseEpilogue
 from wsp_compiler.passes.lower_winograd import LowerWinograd
 from wsp_compiler.passes.merge_stages import MergeStages
 from wsp_compiler.passes.pipeline import Pipeline, run_pipeline
+from wsp_compiler.passes.sink_epilogue import SinkEpilogue
 
 pipeline = Pipeline(
     (
@@ -29,6 +30,8 @@ pipeline = Pipeline(
         AssignLayout(),  # images stay channels_last where nobody minds
     )
 )
+inductor_pipeline = pipeline.after("fuse_conv_epilogue", SinkEpilogue())
+"""For rest="inductor"."""
 
 __all__ = [
     "AssignLayout",
@@ -44,6 +47,8 @@ __all__ = [
     "PassRecord",
     "Pipeline",
     "Rewrites",
+    "SinkEpilogue",
+    "inductor_pipeline",
     "pipeline",
     "run_pipeline",
 ]

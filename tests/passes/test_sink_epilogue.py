@@ -12,7 +12,9 @@ from torch.nn import functional as F
 import wsp_compiler
 from tests.reference import randomise
 from wsp_compiler.inductor import InductorUnit
-from wsp_compiler.passes.max_pooling import epilogue_behind, max_pool_behind
+from wsp_compiler.passes.base import CONV2D
+from wsp_compiler.passes.sink_epilogue import SinkEpilogue
+from wsp_compiler.plan import PruningPlan
 
 
 class Stem(nn.Module):
@@ -25,6 +27,12 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.pool(torch.relu(self.conv(x))))
+
+
+def count(model: nn.Module) -> int:
+    """Rewrites of the pass."""
+    records = wsp_compiler.compile(model, 0.5, rest="inductor").record.passes
+    return next(record.rewrites.count for record in records if record.name == "sink_epilogue")
 
 
 POOLS = {
@@ -67,18 +75,23 @@ def test_bias_and_relu_come_after_the_pooling(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_values_are_the_same_bit_by_bit(dtype: torch.dtype) -> None:
-    y, bias = (3 * torch.randn(2, 8, 13, 17)).to(dtype), torch.randn(8).to(dtype)
-    y[0, 1, 3, 4], y[1, 2, 5, 5], y[1, 0, 0, 0] = float("nan"), float("inf"), float("-inf")
-    graph = fx.Graph()
-    pool = graph.call_function(F.max_pool2d, (graph.placeholder("y"), 3, 2, 1))
-    graph.output(pool)
-    gm = fx.GraphModule({}, graph)
-    gm.register_buffer("bias", bias)
-    epilogue_behind(next(node for node in gm.graph.nodes if node.target is F.max_pool2d), "bias", relu=True)
+    """An identity as convolution: NaN and infinities arrive at the pooling."""
+    x, bias = (3 * torch.randn(2, 8, 13, 17)).to(dtype), torch.randn(8).to(dtype)
+    x[0, 1, 3, 4], x[1, 2, 5, 5], x[1, 0, 0, 0] = float("nan"), float("inf"), float("-inf")
+    root, graph = nn.Module(), fx.Graph()
+    root.register_buffer("weight", torch.ones(8, 1, 1, 1, dtype=dtype))
+    root.register_buffer("bias", bias)
+    given = graph.placeholder("x")
+    parameters = (graph.get_attr("weight"), graph.get_attr("bias"), None)
+    conv = graph.call_function(CONV2D, (given, *parameters, [1, 1], [0, 0], [1, 1], 8, "relu", False))
+    graph.output(graph.call_function(F.max_pool2d, (conv, 3, 2, 1)))
+    gm = fx.GraphModule(root, graph)
+    expected = gm(x)
+    assert SinkEpilogue().run(gm, PruningPlan({})).count == 1
     gm.recompile()
-    expected = F.max_pool2d(torch.relu(y + bias.view(-1, 1, 1)), 3, 2, 1)
-    assert torch.equal(gm(y).nan_to_num(-1), expected.nan_to_num(-1))
-    assert torch.equal(gm(y).isnan(), expected.isnan())
+    assert called(gm) == ["conv2d.default", "max_pool2d", "view", "add", "relu"]
+    assert torch.equal(gm(x).nan_to_num(-1), expected.nan_to_num(-1))
+    assert torch.equal(gm(x).isnan(), expected.isnan())
     assert bool(expected.isnan().any())
 
 
@@ -103,10 +116,12 @@ def test_what_else_reads_the_values_keeps_them(model: nn.Module) -> None:
 
 
 def test_a_pooling_with_hooks_stays() -> None:
-    pool = nn.MaxPool2d(2)
-    model = nn.Sequential(nn.ReLU(), pool)
-    gm = fx.symbolic_trace(model)
-    relu = next(node for node in gm.graph.nodes if node.target == "0")
-    assert max_pool_behind(gm, relu) is not None
-    gm.get_submodule("1").register_forward_hook(lambda *_: None)
-    assert max_pool_behind(gm, relu) is None
+    model = Stem(nn.MaxPool2d(2)).eval()
+    assert count(model) == 1
+    model.pool.register_forward_hook(lambda *_: None)
+    assert count(model) == 0
+
+
+def test_the_eager_pipeline_leaves_the_epilogue_with_cudnn() -> None:
+    compiled = wsp_compiler.compile(Stem(nn.MaxPool2d(2)).eval(), 0.5)
+    assert "sink_epilogue" not in [record.name for record in compiled.record.passes]
