@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference import pruned_convolution, relative_error
+from wsp_compiler.pruning.moments import white_gram
+from wsp_compiler.training import layer as module_of_layer
 from wsp_compiler.training.layer import WinogradConv2d, position_scale
 from wsp_compiler.winograd import transform_weight
 
@@ -57,7 +59,7 @@ def test_state_dict_copies_and_autocast() -> None:
     _, _, module = layer(dtype=torch.float32)
     _, _, other = layer(dtype=torch.float32)
     x = torch.randn(1, 3, 6, 6)
-    assert list(module.state_dict()) == ["weight", "bias", "keep"]
+    assert list(module.state_dict()) == ["weight", "bias", "keep", "scale"]
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
     assert torch.equal(copy.deepcopy(module)(x), module(x))
@@ -75,6 +77,25 @@ def test_position_scales_are_powers_of_two(tile: int, low: int, high: int) -> No
     scale = position_scale(tile)
     assert torch.equal(torch.log2(scale), torch.log2(scale).round())
     assert (float(scale.min()), float(scale.max())) == (low, high)
+
+
+def test_ties_are_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some positions of F(2x2, 3x3) reach by the square root of two: a last digit must not decide."""
+    for relative in (-1e-12, 0.0, 1e-12):
+        monkeypatch.setattr(
+            module_of_layer, "white_gram", lambda tile, r=relative: white_gram(tile) * (1 + r)
+        )
+        line = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 1.0])
+        assert torch.equal(position_scale(2).flatten(), torch.cat([line, line.flip(0)]).double())
+
+
+def test_a_state_dict_brings_its_own_scale() -> None:
+    _, _, trained = layer()
+    trained.scale.mul_(4)
+    _, _, other = layer()
+    other.load_state_dict(trained.state_dict())
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    assert torch.equal(other(x), trained(x))
 
 
 def test_torch_compile_sees_one_graph() -> None:

@@ -9,11 +9,14 @@ from wsp_compiler.pruning.moments import white_gram
 from wsp_compiler.winograd import transform
 from wsp_compiler.winograd_conv import tile_combination, tile_filters, winograd_convolution
 
+TIE = 1e-6
+"""How near to the middle of two powers of two (in log2) a number takes the smaller one, on every machine."""
+
 
 def position_scale(tile: int) -> Tensor:
     """[p*p, 1, 1]: the power of two next to how far each position's weights reach the output, for white noise."""
-    reach = white_gram(tile).diagonal().sqrt()
-    return torch.exp2(torch.round(torch.log2(reach))).view(-1, 1, 1)
+    reach = white_gram(tile).diagonal().sqrt()  # the square root of two is as far from 1 as from 2
+    return torch.exp2(torch.ceil(torch.log2(reach) - 0.5 - TIE)).view(-1, 1, 1)
 
 
 class WinogradConv2d(nn.Module):
@@ -45,7 +48,7 @@ class WinogradConv2d(nn.Module):
         self.tile, self.padding = tile, padding
         self.out_channels, self.in_channels = int(U.shape[1]), int(U.shape[2])
         self.register_buffer("keep", keep.to(U.device, copy=True))
-        self.register_buffer("scale", position_scale(tile).to(U), persistent=False)
+        self.register_buffer("scale", position_scale(tile).to(U))
         self.register_buffer("combination", tile_combination(tile, U.dtype, U.device), persistent=False)
         self.weight = nn.Parameter(torch.where(self.keep, U.detach() * self.scale, torch.zeros_like(U)))
         self.bias = nn.Parameter(bias.detach().clone())
