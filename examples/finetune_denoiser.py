@@ -77,7 +77,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch", type=int, default=64, help="side of a patch (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: 0.001)")
     parser.add_argument(
-        "--method", default="wsp", choices=["wsp", "bwsp"], help="pattern of the rows (default: wsp)"
+        "--method",
+        default="wsp",
+        choices=["wsp", "bwsp", "fp"],
+        help="pattern; fp: --pr of the filters (default: wsp)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(

@@ -52,7 +52,8 @@ def _count(value: int) -> str:
     return str(value)
 
 
-def _is_lowered(site: ConvSite, plan: PruningPlan) -> bool:
+def is_lowered(site: ConvSite, plan: PruningPlan) -> bool:
+    """True if the plan has this convolution, and passes may lower it."""
     return site.path in plan and site.reject is None
 
 
@@ -78,7 +79,7 @@ def site_rows(
         shape += " @ " + (f"{known[-2]}x{known[-1]}" if known else "?")
         shape = shape if site.filters else "-"  # a functional convolution
         name = site.path or "(the model)"
-        if not _is_lowered(site, plan):
+        if not is_lowered(site, plan):
             why = site.reject or plan.left_alone.get(site.path, "not in the plan")
             seen = times.get(site.path)
             both = ("-", "-") if seen is None else (_us(seen.pruned), _us(seen.dense))
@@ -118,6 +119,12 @@ def site_rows(
             )
         )
     return rows
+
+
+def kept_of(lowered: Sequence[SitePlan], shrunk: Shrunk) -> tuple[int, int]:
+    """Winograd weights that are kept, without the channels of pruned filters, and all that there were."""
+    kept = sum(_what_is_left(entry, shrunk).kept_weights for entry in lowered)
+    return kept, sum(math.prod(entry.shape) for entry in lowered)
 
 
 def _what_is_left(entry: SitePlan, shrunk: Shrunk) -> SitePlan:
@@ -204,15 +211,14 @@ def format_report(
     once pruned filters had left the network.
     """
     times, kernels, shrunk = times or {}, kernels or {}, shrunk or Shrunk(plan)
-    lowered = [plan[site.path] for site in sites if _is_lowered(site, plan)]
-    total = sum(entry.shape[0] * entry.shape[1] * entry.shape[2] for entry in lowered)
-    kept = sum(_what_is_left(entry, shrunk).kept_weights for entry in lowered)
+    lowered = [plan[site.path] for site in sites if is_lowered(site, plan)]
+    kept, total = kept_of(lowered, shrunk)
     winograd = sum(_what_is_left(entry, shrunk).winograd for entry in lowered)
     lines = [format_table(HEADER, site_rows(sites, plan, times, kernels, shrunk)), ""]
     lines.append(f"{winograd} of {len(sites)} convolutions run as Winograd; multiplies are per call")
     if total:
         lines.append(f"kept {kept} of {total} Winograd weights: achieved pr = {1 - kept / total:.4f}")
-    paths = [site.path for site in sites if _is_lowered(site, plan)]
+    paths = [site.path for site in sites if is_lowered(site, plan)]
     lines += _filter_lines(shrunk)
     lines += _accuracy_lines(paths, plan)
     lines += _speed_lines(paths, times)

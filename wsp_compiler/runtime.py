@@ -245,6 +245,13 @@ class CompiledModule(nn.Module):
         """What was decided for every convolution."""
         return self.record.plan
 
+    @property
+    def achieved_pr(self) -> float:
+        """1 - kept Winograd weights / all of the lowered convolutions; channels that have left count as pruned."""
+        entries = [self.plan[site.path] for site in self.record.sites if report.is_lowered(site, self.plan)]
+        kept, total = report.kept_of(entries, self.record.shrunk or Shrunk(self.plan))
+        return 1 - kept / total if total else 0.0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and results as the original's.
 
