@@ -63,6 +63,7 @@ def rows(name: str) -> list[dict[str, Any]]:
         ("conv_layers_h100_fp16_n1.json", ["cudnn_fp16"]),
         ("conv_layers_h100_fp32.json", ["cudnn_fp32", "cudnn_winograd"]),
         ("conv_layers_h100_tf32.json", ["cudnn_tf32", "cudnn_winograd"]),
+        ("conv_layers_h100_tf32_n1.json", ["cudnn_tf32", "cudnn_winograd"]),
         ("conv_layers_cpu_fp32.json", ["torch_fp32"]),
     ],
 )
@@ -86,6 +87,18 @@ def test_quoted_network_ratios_are_those_of_the_results(baseline: str, network: 
 def test_quoted_paper_ratios_are_those_of_the_results(dtype: str) -> None:
     (row,) = (row for row in rows(f"paper_table3_h100_{dtype}.json") if row["pr"] == 0.84)
     quoted = f"{row['strongest_ratio']:.2f}x in {dtype} (`paper_table3_h100_{dtype}.json`)"
+    assert quoted in " ".join(README.split()), quoted
+
+
+def test_quoted_small_residual_networks_are_those_of_the_results() -> None:
+    found = [row["strongest_ratio"] for row in rows("paper_table2_h100_fp16.json") if row["pr"] == 0.84]
+    quoted = ", ".join(f"{ratio:.2f}x" for ratio in found) + " (`paper_table2_h100_fp16.json`)"
+    assert quoted in " ".join(README.split()), quoted
+
+
+def test_quoted_first_calls_are_those_of_the_results() -> None:
+    cold, warm = (row["first_result_s"] for row in rows("first_call_h100.json"))
+    quoted = f"{cold:.1f} s on a new machine, {warm:.1f} s with cached kernels (`first_call_h100.json`)"
     assert quoted in " ".join(README.split()), quoted
 
 

@@ -496,6 +496,7 @@ def test_the_report_names_every_convolution_and_counts_its_multiplies():
     assert (
         f"kept {left} of {total} Winograd weights: achieved pr = {1 - left / total:.4f}" in compiled.report()
     )
+    assert compiled.achieved_pr == pytest.approx(1 - left / total)
     assert "2 of 5 convolutions run as Winograd" in compiled.report()
     assert repr(compiled.plan["0"].pr) == "0.75"
 

@@ -103,7 +103,7 @@ def outlook(panels: Callable[[int], Sequence[Any]], rows: Sequence[Row], _: Any)
         found = good(rows, experiment)
         x, y = ([100 * row[name] for row in found] for name in ("outlook", "accuracy"))
         axes.scatter(x, y, s=12, color=COLOURS[0])
-        what = "one ratio, WSP or BWSP" if experiment == "outlook" else "each layer its own ratio and pattern"
+        what = "one ratio, WSP or BWSP" if experiment == "outlook" else "uneven ratios, WSP or BWSP"
         axes.set_title(
             f"{what}: Spearman's rho {rho[experiment][0]:.2f}, {len(found)} candidates", fontsize=8
         )
@@ -231,10 +231,13 @@ def draw(kind: str, record: Record, path: Path, given: argparse.Namespace) -> No
     def panels(count: int) -> Sequence[Any]:
         if count == 0:
             raise ValueError(f"the record has no rows for the figure {kind!r}")
-        columns = min(count, 3)
-        lines = -(-count // columns)
+        lines = -(-count // 3)
+        columns = -(-count // lines)
         figure.set_size_inches(4.2 * columns if count > 1 else 5.5, 3.4 * lines)
-        return list(figure.subplots(lines, columns, squeeze=False).flat)[:count]
+        found = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for unused in found[count:]:
+            unused.set_axis_off()
+        return found[:count]
 
     try:
         FIGURES[kind](panels, record.rows, given)

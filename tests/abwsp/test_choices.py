@@ -63,6 +63,21 @@ def test_layers_without_a_choice() -> None:
         choices.plan("11")
 
 
+def test_a_layer_that_balance_does_not_make_faster_has_no_choice() -> None:
+    wsp, bwsp = plans()
+    pairs = {"conv1": LayerPair(10, 10), "conv2": LayerPair(10, 11), "conv3": LayerPair(10, 9)}
+    choices = Choices(wsp, bwsp, pairs)
+    assert choices.layers == ("conv3", "conv4")
+    plan = choices.plan("11")
+    assert [plan[path].method for path in ("conv1", "conv2", "conv3", "conv4")] == [
+        "wsp",
+        "wsp",
+        "bwsp",
+        "bwsp",
+    ]
+    assert min(choices.total_speedup(signs) for signs in ("00", "01", "10", "11")) == 1
+
+
 def test_a_layer_that_one_plan_prunes_is_pruned() -> None:
     wsp, bwsp = plans()
     reason = "the dense convolution is faster"

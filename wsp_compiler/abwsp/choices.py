@@ -36,8 +36,18 @@ class Choices:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the layers that have a choice: pruned in both plans, and not in the same way."""
-        return tuple(path for path in self.wsp if path in self.bwsp and self._differs(path))
+        """Paths of the layers that have a choice.
+
+        They are pruned in both plans, not in the same way, and not known to be no faster by BWSP, which keeps less of what
+        matters: balance is worth a loss only where it gains time.
+        """
+        return tuple(
+            path for path in self.wsp if path in self.bwsp and self._differs(path) and self._gains(path)
+        )
+
+    def _gains(self, path: str) -> bool:
+        pair = self.times.get(path)
+        return pair is None or pair.bwsp_us < pair.wsp_us
 
     def _differs(self, path: str) -> bool:
         a, b = self.wsp[path], self.bwsp[path]
