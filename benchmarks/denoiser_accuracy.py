@@ -2,7 +2,8 @@
 
     python -m benchmarks.denoiser_accuracy --json benchmarks/results/denoiser_accuracy.json --finetuned FILE ...
 
-"Global" shares the ratio unevenly over the layers; the others have it in each. Calibrated networks see
+"Global" shares the ratio unevenly over the layers; the others have it in each. Of "filters" it is the share of filters,
+whose channels leave the next layer too. Calibrated networks see
 `examples.photos.calibration_crops()`, noisy crops of two photos that are in neither the training nor the test set.
 Beside them stands the paper's criterion, the L2 norm, without calibration, in both of its patterns. Networks run in
 PyTorch as `wsp_compiler.prune` returns them, which is what `compile` lowers.
@@ -32,16 +33,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "calibrated, global": {"method": "wsp", "pr_scope": "global"},
     "calibrated": {"method": "wsp"},
     "calibrated, balanced": {"method": "bwsp"},
+    "calibrated, filters": {"method": "fp"},
     "L2, WSP-R": {"method": "wsp", "importance": "l2"},
     "L2, BWSP-R": {"method": "bwsp", "importance": "l2"},
 }
+DEFAULT = ["calibrated", "calibrated, balanced", "L2, WSP-R", "L2, BWSP-R"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.denoiser_accuracy", description=__doc__)
     parser.add_argument("--pr", type=float, nargs="+", default=[0.3, 0.5, 0.8])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--crops", type=int, default=8, help="calibration crops (default: 8)")
     parser.add_argument("--side", type=int, default=128, help="their side in pixels (default: 128)")
@@ -66,11 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.methods:
             data = crops if name.startswith("calibrated") else None
             begin = time.perf_counter()
-            if "pr_scope" in METHODS[name]:
-                plan = wsp_compiler.compile(dense, pr, calibration=data, **METHODS[name]).plan
-                model = wsp_compiler.prune(dense, plan=plan)
-            else:
-                model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
+            model = wsp_compiler.prune(dense, pr, calibration=data, **METHODS[name])
             seconds = time.perf_counter() - begin
             row: dict[str, Any] = {
                 "method": name,

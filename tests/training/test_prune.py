@@ -42,6 +42,19 @@ def test_equals_the_compiled_plan() -> None:
     assert [name for name, m in direct.named_modules() if isinstance(m, WinogradConv2d)] == ["a", "b", "c"]
 
 
+def test_a_ratio_over_all_layers_is_uneven() -> None:
+    model = net()
+    kept = {}
+    for scope in ("layer", "global"):
+        pruned = prune(model, 0.6, calibration=images(), pr_scope=scope)
+        layers = [module for module in pruned.modules() if isinstance(module, WinogradConv2d)]
+        kept[scope] = [float(layer.keep.float().mean()) for layer in layers]
+    assert max(kept["layer"]) - min(kept["layer"]) < 0.05
+    assert kept["global"] != kept["layer"]
+    plan = wsp_compiler.compile(model, 0.6, calibration=images(), method="wsp").plan
+    assert kept["global"] == [float(entry.keep.float().mean()) for entry in plan.values()]
+
+
 @pytest.mark.parametrize(("tile", "tolerance"), [(2, 1e-5), (4, 1e-4)])
 @pytest.mark.parametrize("method", ["wsp", "bwsp", "fp"])
 @pytest.mark.parametrize("direction", ["row", "column"])

@@ -38,8 +38,8 @@ class Choices:
     def layers(self) -> tuple[str, ...]:
         """Paths of the layers that have a choice.
 
-        They are pruned in both plans, not in the same way, and not known to be no faster by BWSP, which keeps less of what
-        matters: balance is worth a loss only where it gains time.
+        They are pruned in both plans, not in the same way, and not known to be no faster by BWSP, which keeps less of
+        what matters: balance is worth a loss only where it gains time.
         """
         return tuple(
             path for path in self.wsp if path in self.bwsp and self._differs(path) and self._gains(path)
