@@ -41,8 +41,12 @@ def load_pruned_state(model: nn.Module, path: Path) -> nn.Module:
         raise FileNotFoundError(f"no fine-tuned network at {path}: examples/finetune_denoiser.py writes one")
     state: dict[str, Tensor] = optional_module("safetensors.torch").load_file(path)
     for name, layer in _layers(model).items():
-        if f"{name}.kept" not in state:
-            raise ValueError(f"{path} has no pruned convolution {name}: it belongs to another network")
+        for part, why in (
+            ("kept", "it belongs to another network"),
+            ("scale", "it is from an older version"),
+        ):
+            if f"{name}.{part}" not in state:
+                raise ValueError(f"{path} has no {name}.{part}: {why}")
         keep = state[f"{name}.keep"]
         weight = torch.zeros(layer.weight.shape)
         weight[keep.expand(weight.shape)] = state.pop(f"{name}.kept")

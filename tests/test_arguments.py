@@ -30,9 +30,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), MISTAKES, ids=[f"{number}" for number in range(len(MISTAKES))]
-)
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=["-".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=f"(?s){message}") as caught:
         wsp_compiler.compile(small_network(), **options)

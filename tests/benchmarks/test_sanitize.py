@@ -41,7 +41,10 @@ def test_clean_means_a_summary_without_findings(
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
         assert "kns=winograd_fused" in command
-        lines = [json.dumps({f.name: "winograd_fused"}) for f in sanitize.families()[int(command[-1]) :: 4]]
+        lines = [
+            json.dumps({f.name: "winograd_fused"})
+            for f in sanitize.families()[int(command[-1]) :: sanitize.SHARES]
+        ]
         text = output.replace("{}", "\n".join(lines))
         return subprocess.CompletedProcess(command, 0, text, "")
 

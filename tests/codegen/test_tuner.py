@@ -122,12 +122,18 @@ def test_the_time_of_a_less_pruned_layer_is_an_upper_bound(layer: Layer, schedul
 def test_as_many_rows_in_other_groups_say_what_is_faster(layer: Layer, tmp_path: Path) -> None:
     key = layer_key(layer.spec, layer.site, 2, TARGET)
     other = dataclasses.replace(key, block=key.block + 8)
-    times = {(key, 4): 15.0, (other, 5): 11.0}
+    unlike = [
+        dataclasses.replace(other, epilogue="none"),
+        dataclasses.replace(other, rows=(key.rows[0] + 8,) * 2),
+    ]
+    times = {(key, 4): 15.0, (other, 5): 11.0, **{(another, 6): 9.0 for another in unlike}}
     records = [Record(k, "cpu", CANDIDATES[i].knobs(), us) for (k, i), us in times.items()]
     save_table(tmp_path / "tables" / "device.json", records, {})
     shipped = Schedules(tmp_path / "schedules.jsonl", tmp_path / "tables")
     choice = Tuner(TARGET, "off", shipped, FakeTimer(by_rows)).choose(layer, 2)
     assert choice == Choice(CANDIDATES[5], Timing(11.0, TABLE, CANDIDATES[5].label))
+    shipped.add([Record(unlike[0], "cpu", CANDIDATES[2].knobs(), 8.0)])
+    assert Tuner(TARGET, "off", shipped, FakeTimer(by_rows)).choose(layer, 2) == choice
     shipped.add([Record(key, "cpu", CANDIDATES[3].knobs(), 14.0)])
     own = Tuner(TARGET, "off", shipped, FakeTimer(by_rows)).choose(layer, 2)
     assert own.timing == Timing(14.0, MEASURED, CANDIDATES[3].label), "what the user measured counts more"

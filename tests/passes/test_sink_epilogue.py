@@ -106,7 +106,11 @@ class Indices(Stem):
         return self.after(F.max_pool2d(torch.relu(self.conv(x)), 2, return_indices=True)[0])
 
 
-OTHERS = [Twice(nn.MaxPool2d(2)), Indices(None), Stem(nn.AvgPool2d(2)), Stem(nn.AdaptiveMaxPool2d(4))]
+OTHERS = [
+    Twice(nn.MaxPool2d(2)), Indices(None), Stem(nn.AvgPool2d(2)), Stem(nn.AdaptiveMaxPool2d(4)),
+    Stem(nn.MaxPool2d(3, 2, 1, dilation=2)), Stem(lambda y: F.max_pool2d(y, 3, 2, 1, 2)),
+    Stem(lambda y: torch.max_pool2d(y, 3, dilation=(2, 2))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("model", OTHERS)
@@ -120,6 +124,15 @@ def test_a_pooling_with_hooks_stays() -> None:
     assert count(model) == 1
     model.pool.register_forward_hook(lambda *_: None)
     assert count(model) == 0
+
+
+def test_the_bias_is_no_image() -> None:
+    model = Stem(nn.MaxPool2d(2)).eval()
+    notes = {}
+    for rest in ("eager", "inductor"):
+        records = wsp_compiler.compile(model, 0.5, rest=rest).record.passes
+        notes[rest] = next(record.rewrites.notes for record in records if record.name == "assign_layout")
+    assert notes["inductor"] == notes["eager"]
 
 
 def test_the_eager_pipeline_leaves_the_epilogue_with_cudnn() -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from wsp_compiler.abwsp.sampling import BWSP
-from wsp_compiler.plan import PruningPlan
+from wsp_compiler.plan import BALANCE_GAIN, PruningPlan
 from wsp_compiler.refits import NormStatistics
 
 
@@ -38,8 +38,8 @@ class Choices:
     def layers(self) -> tuple[str, ...]:
         """Paths of the layers that have a choice.
 
-        They are pruned in both plans, not in the same way, and not known to be no faster by BWSP, which keeps less of
-        what matters: balance is worth a loss only where it gains time.
+        They are pruned in both plans, not in the same way, and not known to gain less than 2% by BWSP, which keeps less
+        of what matters.
         """
         return tuple(
             path for path in self.wsp if path in self.bwsp and self._differs(path) and self._gains(path)
@@ -47,7 +47,7 @@ class Choices:
 
     def _gains(self, path: str) -> bool:
         pair = self.times.get(path)
-        return pair is None or pair.bwsp_us < pair.wsp_us
+        return pair is None or pair.bwsp_us * BALANCE_GAIN <= pair.wsp_us
 
     def _differs(self, path: str) -> bool:
         a, b = self.wsp[path], self.bwsp[path]
@@ -83,13 +83,10 @@ class Choices:
     def total_speedup(self, assignment: str) -> float:
         """Total balanced speedup: sum of t_WSP / sum of the chosen patterns' times, over layers with known times.
 
-        1.0 if no time is known.
+        Layers without a choice count as WSP. 1.0 if no time is known.
         """
-        known = [
-            (self.times[path], method)
-            for path, method in self.methods(assignment).items()
-            if path in self.times
-        ]
+        methods = self.methods(assignment)
+        known = [(pair, methods.get(path)) for path, pair in self.times.items() if path in self.wsp]
         wsp = sum(pair.wsp_us for pair, _ in known)
         chosen = sum(pair.bwsp_us if method == "bwsp" else pair.wsp_us for pair, method in known)
         return wsp / chosen if chosen > 0 else 1.0

@@ -23,7 +23,7 @@ def draw(layers: int, samples: int, seed: int, round_index: int, used: Collectio
 
     Returns:
         At most ``samples`` assignments; empty if none is left. Those of the first round begin with all layers
-        WSP and all layers BWSP, between which the others lie.
+        WSP and all of them BWSP, between which the others lie.
     """
     left = 2**layers - len(used)
     if left <= samples:

@@ -27,7 +27,8 @@ from wsp_compiler.abwsp.choices import LayerPair
 from wsp_compiler.errors import SearchError
 from wsp_compiler.plan import PruningPlan
 
-VERSION = 1
+VERSION = 2
+"""1: layers that balance does not make faster had a choice, too."""
 
 
 @dataclass(frozen=True)

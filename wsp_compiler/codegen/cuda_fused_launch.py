@@ -146,8 +146,11 @@ def fused_candidates(
 
 
 def _densest(spec: KernelSpec, limits: DeviceLimits, knobs: tuple[int, ...]) -> FusedConfig | None:
-    """The configuration with most blocks per SM that neither registers nor shared memory forbid."""
-    warps = knobs[5]
+    """The configuration with most blocks per SM that neither registers nor shared memory forbid.
+
+    ``knobs`` are FusedConfig's first seven: tile, tiles, groups, rows, slice_words, warps, words.
+    """
+    *_, warps, _ = knobs
     for blocks, prefetch in itertools.product((6, 5, 4, 3, 2, 1), (6, 3, 2, 1)):
         if not 8 <= blocks * warps <= 24:
             continue

@@ -206,6 +206,15 @@ class Schedules:
         least = min((record.key.rows for record in found), default=None)
         return [record for record in found if record.key.rows == least]
 
+    def in_other_groups(self, key: LayerKey) -> list[Record]:
+        """Shipped records of the same layer with as many kept rows, shared out over other filter groups."""
+        return [
+            record
+            for record in self._rows.get(_apart_from_rows(key), ())
+            if (record.key.rows, record.key.epilogue) == (key.rows, key.epilogue)
+            and self._shipped.get(record.identity) is record
+        ]
+
     def add(self, records: Sequence[Record]) -> None:
         """Remember measurements and write them to the user's own file."""
         self._own |= {record.identity: record for record in records}

@@ -114,13 +114,14 @@ class Tuner:
             self._tune(layer, key)
         records, source = self.schedules.find(key)
         best = self._fastest(records, layer)
-        near = None if self.model_only else self._fastest(self.schedules.less_pruned(key), layer)
-        if best is not None and near is not None and near[1] < best[1] and source == TABLE:
-            best = near  # as many rows, shared out over other filter groups
+        if best is not None and source == TABLE:
+            other = self._fastest(self.schedules.in_other_groups(key), layer)
+            best = other if other is not None and other[1] < best[1] else best
         if best is not None and not self.target.is_cuda:
             best = self._default_unless_slower(records, layer, batch, best)
         if best is not None and not self.model_only:
             return Choice(best[0], Timing(best[1], source, best[0].label))
+        near = None if self.model_only else self._fastest(self.schedules.less_pruned(key), layer)
         if near is not None:
             return Choice(near[0], Timing(near[1], LESS_PRUNED, near[0].label))
         return self._modelled(key, layer.candidates(batch * layer.spec.tiles_per_image))

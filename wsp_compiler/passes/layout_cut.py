@@ -99,8 +99,13 @@ def hides_format(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _images(node: fx.Node) -> list[fx.Node]:
-    """What a node reads, weights aside."""
-    return [value for value in node.all_input_nodes if value.op != "get_attr"]
+    """What a node reads, weights and views of weights aside."""
+    return [value for value in node.all_input_nodes if not _is_weight(value)]
+
+
+def _is_weight(node: fx.Node) -> bool:
+    read = node.all_input_nodes
+    return node.op == "get_attr" or (bool(read) and all(_is_weight(value) for value in read))
 
 
 def _add_reader(cut: Any, gm: fx.GraphModule, node: fx.Node) -> None:

@@ -3,10 +3,11 @@
 rewrite:
     max_pool(relu(conv(x) + b))  ->  relu(max_pool(conv(x)) + b)
 
-relu(x + b) never falls while x grows, rounding included: both sides are equal, NaN included. Behind the pooling, bias
-and ReLU touch a quarter of the pixels or fewer. torch.compile would give them a pass of their own over the output of
-the convolution, since the pooling's windows read every pixel several times; where cuDNN applies them while it writes
-(rest="eager"), there is nothing to gain.
+relu(x + b) never falls while x grows, rounding included: for the same conv(x) both sides are equal, NaN included, if
+every window holds a pixel (a dilated one may hold padding alone). A library that adds b before it rounds to 16 bits
+differs by that rounding. Behind the pooling, bias and ReLU touch a quarter of the pixels or fewer. torch.compile would
+give them a pass of their own over the output of the convolution, since the pooling's windows read every pixel several
+times; where cuDNN applies them while it writes (rest="eager"), there is nothing to gain.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
 
 
 def _max_pool_behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The max pooling that alone reads ``node`` and returns no indices, or None."""
+    """The max pooling without dilation that alone reads ``node`` and returns no indices, or None."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     if user is None or first_input(user) is not node:
         return None
     module = called_module(gm, user)
     if module is not None:
         plain = type(module) is nn.MaxPool2d and altered(module) is None and not module.return_indices
-        return user if plain else None
+        return user if plain and module.dilation in (1, (1, 1)) else None
+    if user.op != "call_function" or user.target not in MAX_POOLS:
+        return None
+    dilation = user.args[4] if len(user.args) > 4 else user.kwargs.get("dilation", 1)
     indices = len(user.args) > 6 or bool(user.kwargs.get("return_indices"))
-    return user if user.op == "call_function" and user.target in MAX_POOLS and not indices else None
+    return user if dilation in (1, (1, 1), [1, 1]) and not indices else None
 
 
 def _sink(node: fx.Node, pool: fx.Node) -> None:

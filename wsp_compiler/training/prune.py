@@ -47,7 +47,7 @@ def prune(
         pr, calibration, example_inputs, method, direction, tile, importance, rules: as for
             :func:`wsp_compiler.compile`. Calibration gives training a far better start.
         plan: use this plan and its weights instead.
-        pr_scope: "layer", the same ratio in every layer as in the papers, or "global".
+        pr_scope: "layer", the same ratio in every layer as in the papers, or "global"; not read with ``plan``.
 
     Returns:
         A module of the model's class, in eval mode, on its device.
