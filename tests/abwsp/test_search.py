@@ -21,6 +21,7 @@ from tests.abwsp.problem import PATHS, PR, Fidelity, batches, labelled, net, opt
 from tests.reference import assert_untouched, relative_error, snapshot
 from wsp_compiler import PruneRule
 from wsp_compiler.errors import EvaluationError, InputError, ModelError, OptionError, SearchError
+from wsp_compiler.plan import BALANCE_GAIN
 from wsp_compiler.winograd import transform_weight
 
 
@@ -95,8 +96,10 @@ def test_on_the_cpu_times_are_measured() -> None:
     x = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(1))
     found = wsp_compiler.search(model, 0.5, lambda module: 1.0, x, beta=1, keep_slower=True)
     assert set(found.times) == {"0"}
-    assert all(pair.wsp_us > 0 and pair.bwsp_us > 0 for pair in found.times.values())
-    assert len(found.candidates) == 2
+    pair = found.times["0"]
+    assert pair.wsp_us > 0
+    assert pair.bwsp_us > 0
+    assert len(found.candidates) == (2 if pair.bwsp_us * BALANCE_GAIN <= pair.wsp_us else 1)
     assert found.best.balanced_speedup == max(entry.balanced_speedup for entry in found.candidates)
 
 
