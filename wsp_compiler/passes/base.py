@@ -103,6 +103,11 @@ def first_input(node: fx.Node) -> object:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads ``node``, if it is the only one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def is_op(node: object, op: Callable[..., Any]) -> bool:
     """True if ``node`` calls the operator ``op``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is op

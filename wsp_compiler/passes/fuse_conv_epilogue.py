@@ -25,6 +25,7 @@ from wsp_compiler.passes.base import (
     called_module,
     first_input,
     is_op,
+    only_user,
     set_argument,
 )
 from wsp_compiler.passes.fuse_epilogue import activation_of, residual_of
@@ -59,11 +60,6 @@ def _lower_call(gm: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> fx.Node:
     return lowered
 
 
-def _user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads ``node``."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _is_relu(gm: fx.GraphModule, user: fx.Node | None, node: fx.Node) -> bool:
     return user is not None and first_input(user) is node and activation_of(gm, user) == ("relu", None)
 
@@ -96,13 +92,13 @@ class FuseConvEpilogue(PassBase):
         return Rewrites(count, tuple(declined))
 
     def _fuse(self, gm: fx.GraphModule, node: fx.Node) -> None:
-        user = _user(node)
+        user = only_user(node)
         if user is None:
             return
         residual = residual_of(gm, user, node)
         add = user if isinstance(residual, fx.Node) else None
         if isinstance(residual, fx.Node) and not arguments(node)["residual"]:
-            user = _user(user)
+            user = only_user(user)
         relu = user if _is_relu(gm, user, add or node) else None
         if relu is None:
             return
