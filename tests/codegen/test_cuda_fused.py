@@ -15,7 +15,7 @@ from wsp_compiler.codegen.build import lower
 from wsp_compiler.codegen.cpu_launch import flat_view
 from wsp_compiler.codegen.cuda_compiler import compile_cuda
 from wsp_compiler.codegen.cuda_fused import make_fused
-from wsp_compiler.codegen.pack_fused import pack_fused, rows_per_group
+from wsp_compiler.codegen.pack_fused import pack_fused, padded_rows
 from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.winograd import transform, transform_weight
 
@@ -34,7 +34,7 @@ def fused_case(precision: str, tile: int, **options: Any) -> Case:
 
 
 def configuration(case: Case, tiles: int = 8, groups: int = 1, **knobs: Any) -> FusedConfig:
-    rows = max(16, -(-rows_per_group(case.site, groups) // 16) * 16)
+    rows = padded_rows(case.site, groups)
     knobs = {"slice_words": 16, "warps": 12 if case.spec.tile == 4 else 8} | knobs
     return FusedConfig(case.spec.tile, tiles, groups, rows, **knobs)
 

@@ -15,6 +15,7 @@ from wsp_compiler.codegen.pack_fused import (
     filter_scales,
     fragments,
     pack_fused,
+    padded_rows,
     round_to_tf32,
     rows_per_group,
 )
@@ -30,7 +31,7 @@ DTYPE = {"fp16": "float16", "bf16": "bfloat16", "tf32": "float32", "fp32": "floa
 def packed_case(precision: str, tile: int, groups: int = 1, **options: Any) -> tuple[Case, FusedWeights, int]:
     given = dict(filters=64, channels=32, method="wsp", pr=0.6) | options
     case = make_case(dtype=DTYPE[precision], precision=precision, tile=tile, **given)  # type: ignore[arg-type]
-    rows = max(16, -(-rows_per_group(case.site, groups) // 16) * 16)
+    rows = padded_rows(case.site, groups)
     config = FusedConfig(tile, 8, groups, rows, warps=12 if tile == 4 else 8)
     return case, pack_fused(case.site, case.spec, config), rows
 
@@ -101,6 +102,8 @@ def test_rows_per_group_counts_the_fullest() -> None:
             for g in range(groups)
         ]
         assert rows_per_group(case.site, groups) == max(counts)
+        assert max(counts) <= padded_rows(case.site, groups) < max(16, max(counts) + 16)
+        assert padded_rows(case.site, groups) % 16 == 0
 
 
 def test_a_position_without_rows() -> None:

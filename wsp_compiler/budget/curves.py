@@ -63,9 +63,8 @@ class LayerErrors:
         self._moments = of_filters(moments, self.filters)
         self._U = U[:, self.filters.to(U.device)].to(moments.gram)  # [p*p, filters, c]
         self._energy = float(self._moments.variance.sum())
-        if self._energy < 1e-6 * float(
-            self._moments.mean.square().sum()
-        ):  # what rounding leaves of a constant
+        constant = float(self._moments.mean.square().sum())
+        if self._energy < 1e-6 * constant:  # what rounding leaves
             self._energy = 0.0
         self._refit_at = ((1 + typical) / 2, typical, typical / 2)
         self._fits: dict[int, tuple[SitePlan, Refit]] = {}  # by identity

@@ -14,7 +14,7 @@ from wsp_compiler.codegen.build import BuiltKernel, build
 from wsp_compiler.codegen.cpu_launch import flat_view
 from wsp_compiler.codegen.cuda_fused import make_fused
 from wsp_compiler.codegen.fused_estimate import elements_per_word, estimated_cycles
-from wsp_compiler.codegen.pack_fused import FusedWeights, pack_fused, rows_per_group
+from wsp_compiler.codegen.pack_fused import FusedWeights, pack_fused, padded_rows, rows_per_group
 from wsp_compiler.codegen.packed import packed
 from wsp_compiler.codegen.spec import FusedConfig, KernelSpec
 from wsp_compiler.codegen.targets import CodeTarget
@@ -129,7 +129,7 @@ def fused_candidates(
     warp_counts, word_counts = ((4, 6, 12), (1, 2)) if spec.tile == 4 else ((4, 8, 16), (1, 2, 4))
     found: list[FusedConfig] = []
     for groups in group_counts:
-        rows = max(16, -(-rows_per_group(site, groups) // 16) * 16)
+        rows = padded_rows(site, groups)
         for block, width, warps, count in itertools.product(
             (8, 16, 24, 32, 48, 64), slices[:1] if pack == 2 else slices, warp_counts, word_counts
         ):

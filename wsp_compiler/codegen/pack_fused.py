@@ -48,13 +48,18 @@ def rows_per_group(site: WinogradSite, groups: int) -> int:
     return packed(site, ("rows per group", groups), count)  # counting waits for the device
 
 
+def padded_rows(site: WinogradSite, groups: int) -> int:
+    """Rows that the kernel computes for every (position, filter group): whole mma tiles of 16."""
+    return max(16, -(-rows_per_group(site, groups) // 16) * 16)
+
+
 def fit_rows(config: FusedConfig, site: WinogradSite) -> FusedConfig:
     """``config`` with as many padded rows as ``site`` needs.
 
     Raises:
         OptionError: the registers do not hold them.
     """
-    return replace(config, rows=max(16, -(-rows_per_group(site, config.groups) // 16) * 16))
+    return replace(config, rows=padded_rows(site, config.groups))
 
 
 def filter_scales(U: Tensor, m: int, precision: str) -> Tensor:
@@ -112,9 +117,8 @@ def pack_fused(site: WinogradSite, spec: KernelSpec, config: FusedConfig) -> Fus
             fix="give more rows, or more groups",
         )
     slot = torch.full((positions, n), rows, dtype=torch.int64, device=device)
-    if (
-        rows >= n // G
-    ):  # room for all: in their own order, pruned ones as zeros, M is read without bank conflicts
+    if rows >= n // G:
+        # Room for all: in their own order, pruned ones as zeros, M is read without bank conflicts.
         rank = kept % (n // G)
         slot[:] = torch.arange(n, device=device) % (n // G)
     slot[position, kept] = rank
