@@ -75,7 +75,8 @@ def test_a_layer_that_balance_does_not_make_faster_has_no_choice() -> None:
         "bwsp",
         "bwsp",
     ]
-    assert min(choices.total_speedup(signs) for signs in ("00", "01", "10", "11")) == 1
+    assert choices.total_speedup("01") == 1  # nothing is known of conv4
+    assert choices.total_speedup("10") == pytest.approx(30 / 29)  # the others take their time as WSP
 
 
 def test_a_layer_that_one_plan_prunes_is_pruned() -> None:

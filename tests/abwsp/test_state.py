@@ -45,6 +45,12 @@ def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
         StateFolder(tmp_path).load(SETTINGS)
 
 
+def test_the_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(filled().to_json().replace('"version": 2', '"version": 1'))
+    with pytest.raises(SearchError, match="version 1, this package reads 2"):
+        StateFolder(tmp_path).load(filled().settings)
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(SearchError, match="cannot be read"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import first_call
-from benchmarks.results import load
+from benchmarks.results import ROOT, load
 
 
 def test_cold_then_warm_share_a_cache(
@@ -40,3 +43,16 @@ def test_a_failing_process_is_a_failed_row(monkeypatch: pytest.MonkeyPatch, tmp_
     file = tmp_path / "record.json"
     assert first_call.main(["--device", "cpu", "--json", str(file)]) == 1
     assert [row["failure"] for row in load(file).rows] == ["no such device"] * 2
+
+
+def test_processes_find_the_packages_that_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("somewhere")
+    done = subprocess.CompletedProcess([], 0, json.dumps({"first_result_s": 1.0}), "")
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+        assert env["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), "somewhere"]
+        assert env["WSP_CACHE_DIR"] == "cache"
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert first_call.measure_once({}, "cache") == {"first_result_s": 1.0, "failure": None}

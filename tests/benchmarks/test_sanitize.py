@@ -21,6 +21,17 @@ def test_families_cover_every_precision_tile_and_format() -> None:
     assert len({f.name for f in found}) == len(found)
 
 
+def test_every_family_is_in_one_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize, "run_family", lambda family: "winograd_fused")
+    monkeypatch.setattr(sanitize.torch.backends.cudnn, "enabled", True)
+    for number in range(sanitize.SHARES):
+        sanitize.run_share(number)
+    ran = [name for line in capsys.readouterr().out.splitlines() for name in json.loads(line)]
+    assert sorted(ran) == sorted(family.name for family in sanitize.families())
+
+
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
 
 

@@ -116,6 +116,7 @@ def test_candidates_fit_and_the_benchmarks_have_a_default(
             assert config.accumulators < registers <= 255
             assert registers * config.threads * config.blocks_per_sm <= 65536
             assert config.threads * config.blocks_per_sm <= 1536
+            assert 8 <= config.warps * config.blocks_per_sm <= 24
             assert fused_accepts(spec, base.site, config, limits)
         assert choose_fused_config(spec, base.site, tiles, limits) in candidates
 

@@ -176,3 +176,13 @@ def test_less_pruned_records_are_the_nearest_with_at_least_as_many_rows() -> Non
     assert [record.us for record in schedules.less_pruned(dataclasses.replace(key, rows=(40, 40)))] == [2.0]
     assert schedules.less_pruned(dataclasses.replace(key, rows=(72, 72))) == []
     assert schedules.less_pruned(dataclasses.replace(key, rows=(8, 24))) == [], "other mean, unbalanced"
+
+
+def test_other_groups_are_those_of_shipped_records_alone(path: Path, tmp_path: Path) -> None:
+    other = dataclasses.replace(KEY, block=KEY.block + 8)
+    save_table(tmp_path / "tables" / "one.json", [module.Record(other, "cpu", {"rows": 1}, 2.0)], {})
+    schedules = Schedules(path, tmp_path / "tables")
+    schedules.add([module.Record(other, "cpu", {"rows": 2}, 1.0)])
+    assert [record.us for record in schedules.in_other_groups(KEY)] == [2.0]
+    assert schedules.in_other_groups(dataclasses.replace(KEY, epilogue="another")) == []
+    assert schedules.in_other_groups(dataclasses.replace(KEY, rows=(8, 8))) == []

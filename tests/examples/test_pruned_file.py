@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -43,6 +44,11 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="finetune_denoiser"):
         load_pruned_state(model, path)
     save_pruned(model, path)
+    state = safetensors.torch.load_file(path)
+    del state["0.scale"]
+    safetensors.torch.save_file(state, tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match=r"no 0\.scale: it is from an older version"):
+        load_pruned_state(model, tmp_path / "old.safetensors")
     longer = nn.Sequential(*network(), nn.Conv2d(16, 16, 3)).eval()
     with pytest.raises(ValueError, match=r"no 4\.kept: it belongs to another network"):
         load_pruned_state(wsp_compiler.prune(longer, 0.5), path)

@@ -86,6 +86,12 @@ def test_multiplies_of_the_smaller_layers() -> None:
     entry = compiled.record.shrunk.plan["layer1.0.conv2"]
     assert entry.shape == (16, 64, 32)
     assert entry.kept_weights == 16 * 32 * 32
+    smaller = compiled.record.shrunk
+    left = sum(smaller.plan.get(path, entry).kept_weights for path, entry in compiled.plan.items())
+    total = sum(entry.shape[0] * entry.shape[1] * entry.shape[2] for entry in compiled.plan.values())
+    assert compiled.achieved_pr == pytest.approx(1 - left / total)
+    masked = sum(entry.kept_weights for entry in compiled.plan.values())
+    assert left < masked  # channels have left, too
     with torch.no_grad():
         assert compiled.graph_module(x).shape == (1, 1000)
 

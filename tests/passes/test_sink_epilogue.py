@@ -126,8 +126,23 @@ def test_a_pooling_with_hooks_stays() -> None:
     assert count(model) == 0
 
 
+class Shortcut(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, torch.ones(8, 3, 1, 1), stride=2)
+        return self.after(self.pool(torch.relu(self.conv(x) + y)))
+
+
+def test_a_residual_stays_before_the_pooling() -> None:
+    x = torch.randn(1, 3, 20, 20)
+    model = randomise(Shortcut(nn.MaxPool2d(2)), x)
+    assert count(model) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(rest_of(model)(x), model(x))
+
+
 def test_the_bias_is_no_image() -> None:
     model = Stem(nn.MaxPool2d(2)).eval()
+    model.conv, model.after = nn.Conv2d(3, 16, 7, stride=2, padding=3), nn.Conv2d(16, 16, 3, padding=1)
     notes = {}
     for rest in ("eager", "inductor"):
         records = wsp_compiler.compile(model, 0.5, rest=rest).record.passes

@@ -25,7 +25,6 @@ from wsp_compiler.passes.base import (
     altered,
     arguments,
     called_module,
-    first_input,
     is_op,
     only_user,
     set_argument,
@@ -38,7 +37,7 @@ MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
 def _max_pool_behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The max pooling without dilation that alone reads ``node`` and returns no indices, or None."""
     user = only_user(node)
-    if user is None or first_input(user) is not node:
+    if user is None:
         return None
     module = called_module(gm, user)
     if module is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +79,19 @@ def test_keep_pictures_show_signs_position_by_position() -> None:
     assert image[3 + 1, 4 + 2] == -1  # position 5: second row, second column
     assert int((image == 0).sum()) == 16 * 6 - 2
     assert int(image.isnan().sum()) == 16 * (3 * 4 - 6)
+
+
+def test_places_without_a_panel_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bool] = []
+
+    def five(panels: Any, rows: Any, given: Any) -> None:
+        assert len(panels(5)) == 5
+
+    def save(figure: Any, path: Path, dpi: int) -> None:
+        shown.extend(axes.axison for axes in figure.axes)
+
+    monkeypatch.setitem(figures.FIGURES, "five", five)
+    monkeypatch.setattr(figures, "save_figure", save)
+    found = new_record("benchmarks.accuracy.run", [], "cpu")
+    figures.draw("five", found, tmp_path / "five.png", argparse.Namespace())
+    assert shown == [True] * 5 + [False]
