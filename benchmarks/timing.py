@@ -1,4 +1,4 @@
-"""Times of several candidates, measured in interleaved rounds: A B A B, never A A B B.
+"""Times of several candidates, measured in interleaved rounds: every candidate once in each.
 
 CUDA: replays of one CUDA graph per candidate, which holds many calls over rotating inputs that together are
 at least twice the L2 cache. What cannot be captured is timed by events around plain calls, and says so. Before each
