@@ -25,10 +25,24 @@ def small_photos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_photos")
-def test_a_short_run_writes_a_network_that_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "share"), [("wsp", 0.4), ("fp", 25 / 64)])
+def test_a_short_run_writes_a_network_that_compiles(tmp_path: Path, method: str, share: float) -> None:
     out, summary = tmp_path / "new" / "pruned.safetensors", tmp_path / "run.json"
     out.parent.mkdir()
-    arguments = ["--steps", "2", "--batch", "2", "--patch", "24", "--device", "cpu", "--pr", "0.6"]
+    arguments = [
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--patch",
+        "24",
+        "--device",
+        "cpu",
+        "--pr",
+        "0.6",
+        "--method",
+        method,
+    ]
     finetune_denoiser.main([*arguments, "--out", str(out), "--json", str(summary)])
     found = json.loads(summary.read_text())
     assert set(found["psnr"]) == {"dense", "calibrated", "fine-tuned"}
@@ -38,7 +52,7 @@ def test_a_short_run_writes_a_network_that_compiles(tmp_path: Path) -> None:
     layers = [module for module in model.modules() if isinstance(module, WinogradConv2d)]
     assert len(layers) == 15
     kept = sum(float(layer.keep.float().mean()) for layer in layers) / 15
-    assert kept == pytest.approx(0.4, abs=0.001)
+    assert kept == pytest.approx(share, abs=0.001)
     x = photos.noisy(photos.load("camera"))
     compiled = wsp_compiler.compile(model)
     with torch.no_grad():
