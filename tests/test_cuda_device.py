@@ -398,3 +398,19 @@ def test_resnet18_with_the_rest_fused_as_one_graph(rest: str, dtype: torch.dtype
             expected = exact(x.double())
             error = (compiled(x).double() - expected).norm() / expected.norm()
         assert float(error) < 2e-2
+
+
+def test_trained_filters_leave_channels_that_the_fused_kernel_takes() -> None:
+    """28 of 64 filters are kept; 32 channels are left, 4 of which only emit constants."""
+    layers = [m for _ in range(3) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1)).eval()
+    pruned = wsp_compiler.prune(model, 0.57, method="fp", importance="l2")
+    x = torch.randn(2, 64, 29, 22)
+    with torch.no_grad():
+        expected = copy.deepcopy(pruned).double()(x.half().double())
+    half = pruned.to("cuda", torch.float16, memory_format=torch.channels_last)
+    compiled = wsp_compiler.compile(half, example_inputs=(given := x.cuda().half(),))
+    sizes = compiled.record.shrunk.sizes
+    assert sizes["0"] == (32, 64)
+    assert sizes["2"] == sizes["4"] == (32, 32)
+    assert_close(compiled(given), expected, 5e-3)  # four layers

@@ -194,7 +194,7 @@ def compile(
     for unit in traced.units.values():
         apply_norms(unit, model, chosen)
     passes = passes or (inductor_pipeline if rest == "inductor" else default_pipeline)
-    records, shrunk = lower(traced, chosen, passes, example_inputs, check)
+    records, shrunk = lower(traced, chosen, passes, example_inputs, check, code_target.channel_multiple)
 
     # emit
     dtypes = {path: conv.weight.dtype for path, conv in convolutions.items()}

@@ -18,15 +18,23 @@ from wsp_compiler.verify import make_check
 
 
 def lower(
-    traced: TracedModel, plan: PruningPlan, pipeline: Pipeline, example_inputs: Any, check: bool
+    traced: TracedModel,
+    plan: PruningPlan,
+    pipeline: Pipeline,
+    example_inputs: Any,
+    check: bool,
+    multiple: int = 1,
 ) -> tuple[tuple[PassRecord, ...], Shrunk]:
-    """Remove pruned filters, then run the passes on every unit, in place."""
+    """Remove pruned filters, then run the passes on every unit, in place.
+
+    Channels that Winograd kernels read and write are left in multiples of ``multiple``.
+    """
     if check and example_inputs is None:
         raise OptionError("check=True needs inputs to compare on", where="compile", fix="pass example_inputs")
     inputs = _unit_inputs(traced, example_inputs) if check else {}
     checks: dict[str, Any] = {}
     unchecked = {path: make_check(traced.units[path], plan, given) for path, given in inputs.items()}
-    shrunk = shrink(traced.units, plan)
+    shrunk = shrink(traced.units, plan, multiple)
     for path, checker in unchecked.items():
         checks[path] = partial(checker, plan=shrunk.plan)
         checks[path](traced.units[path], "shrink_filters")

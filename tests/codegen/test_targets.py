@@ -22,6 +22,7 @@ def test_the_default_is_this_machine():
     target = cpu_target()
     assert target.device == CPU
     assert not target.is_cuda
+    assert target.channel_multiple == 1
     assert target.lanes == {"AVX512": 16, "AVX2": 8}.get(capability, 4)
     assert host_cpu()
 
@@ -141,6 +142,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_cuda_devices(one_gpu: pytest.MonkeyPatch):
     target = resolve_target("cuda", CPU)
     assert (target.device, target.arch, target.is_cuda) == (torch.device("cuda", 0), "sm_89", True)
+    assert target.channel_multiple == 32
     assert resolve_target(None, torch.device("cuda", 0)) == target
     assert resolve_target({"kind": "cuda", "arch": "sm_80"}, CPU).arch == "sm_80"
     with pytest.raises(TargetError, match=r"target='cuda:1': there are? (only )?1 CUDA device"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,3 +156,23 @@ def test_sizes() -> None:
     sizes = find_removal(traced.units[""], plan).sizes(traced.units[""])
     assert sizes == {"stem": (5, 3), "a": (3, 5), "b": (5, 3), "c": (5, 5), "out": (4, 5)}
     assert all(math.prod(size) for size in sizes.values())
+
+
+def test_kernels_get_their_multiple_of_channels_where_pruned_ones_suffice() -> None:
+    traced, plan = planned(Pair([-1.0] * 6), *ONLY_A, importance="l2")
+    gm = traced.units[""]
+    assert find_removal(gm, plan, multiple=1).sizes(gm) == {"a": (3, 3), "b": (4, 3)}
+    removal = find_removal(gm, plan, multiple=4)
+    assert removal.sizes(gm) == {"a": (4, 3), "b": (4, 4)}
+    (fold,) = removal.folds.values()
+    assert fold.stay.tolist() == [0, 3, 4, 5]
+    assert find_removal(gm, plan, multiple=6).sizes(gm) == {}
+    assert find_removal(gm, plan, multiple=8).sizes(gm) == {"a": (3, 3), "b": (4, 3)}  # out of reach
+
+
+def test_the_vendors_layers_lose_all_pruned_channels() -> None:
+    traced, plan = planned(Pair([-1.0] * 6), PruneRule("b", pr=0.0), importance="l2")
+    sites = {path: replace(entry, winograd=False) for path, entry in plan.sites.items()}
+    plan = replace(plan, sites=sites)
+    gm = traced.units[""]
+    assert find_removal(gm, plan, multiple=4).sizes(gm)["a"] == (3, 3)

@@ -80,14 +80,31 @@ def planned_double(model: nn.Module, plan: PruningPlan) -> tuple[TracedModel, Pr
     return trace(model), plan
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 5])
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("name", NETS)
-def test_as_winograd_it_is_exact_up_to_float32_weights(name: str, tile: int) -> None:
+def test_as_winograd_it_is_exact_up_to_float32_weights(name: str, tile: int, multiple: int) -> None:
     model = randomised(NETS[name]())
     traced, plan = planned(model, tile=tile)
-    shrunk = shrink(traced.units, plan)
-    assert shrunk.sizes
+    shrunk = shrink(traced.units, plan, multiple)
+    assert shrunk.sizes or multiple > 1
     assert worst(model, plan, traced, shrunk) < 2e-6
+
+
+@pytest.mark.parametrize("refitted", [False, True])
+def test_channels_that_stay_for_kernels_emit_their_constants(refitted: bool) -> None:
+    model = randomised(Chain())
+    traced, plan = planned(model)
+    plan = with_refits(model, plan) if refitted else plan
+    original = copy.deepcopy(traced.units[""]).double()
+    sizes = [shrink(copy.deepcopy(traced.units), plan, multiple).sizes["body.3"] for multiple in (1, 6)]
+    assert sizes[0] in ((4, 4), (5, 4))  # with a carrier
+    assert sizes[1] == (6, 6)
+    shrunk = shrink(traced.units, plan, 6)
+    x = torch.randn(2, 3, 15, 18, dtype=torch.float64)
+    (expected,) = outputs(PlannedInterpreter(original, plan).run, x)
+    (actual,) = outputs(PlannedInterpreter(copy.deepcopy(traced.units[""]).double(), shrunk.plan).run, x)
+    assert relative_error(actual, expected) < 2e-6
 
 
 @pytest.mark.parametrize("tile", [2, 4])

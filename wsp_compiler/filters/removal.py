@@ -5,6 +5,8 @@ exact: constants that are zero (behind ReLU often), linear layers, unpadded conv
 meets a constant, the sum is another one at the border, and a bias would be wrong there. One of the pruned
 channels then stays as a carrier: the weights of the others are added to its own in proportion to the constants,
 which is exact everywhere. So a group of channels loses all pruned ones but at most a few (one, as a rule).
+
+Kernels may want their channels in multiples of a number. Then as many pruned channels stay as fill the last one up.
 """
 
 from __future__ import annotations
@@ -93,7 +95,12 @@ def pruned_filters(plan: PruningPlan) -> dict[str, Tensor]:
 
 
 def find_removal(
-    gm: fx.GraphModule, plan: PruningPlan, coupling: Coupling | None = None, *, loud: bool = False
+    gm: fx.GraphModule,
+    plan: PruningPlan,
+    coupling: Coupling | None = None,
+    *,
+    loud: bool = False,
+    multiple: int = 1,
 ) -> Removal:
     """What leaves ``gm`` under ``plan``.
 
@@ -102,6 +109,7 @@ def find_removal(
         plan: what is pruned.
         coupling: of ``gm``, if it is known already.
         loud: count on constants other than zero, as before a calibration that will set them.
+        multiple: what Winograd kernels read and write keeps a multiple of so many channels, where pruned ones suffice.
     """
     keep = pruned_filters(plan)
     coupling = coupling or couple(gm)
@@ -129,7 +137,9 @@ def find_removal(
     if loud:
         constants = {node: torch.where(value.isnan(), value, 1.0) for node, value in constants.items()}
     carriers, chosen = _carriers(coupling, plan, constants, groups, wanted)
-    removal = Removal(coupling, wanted - carriers, reasons)
+    removed = wanted - carriers
+    removed -= _filling(coupling, plan, groups, removed, multiple)
+    removal = Removal(coupling, removed, reasons)
     for node, constant in constants_read(coupling, constants).items():
         stay = removal.stay(coupling.operations[node].inputs[0])
         if len(stay) < len(constant):
@@ -243,3 +253,29 @@ def _carriers(
         chosen[node] = index
         stays |= group_of[numbers[index]]
     return frozenset(stays), chosen
+
+
+def _filling(
+    coupling: Coupling,
+    plan: PruningPlan,
+    groups: list[frozenset[int]],
+    removed: frozenset[int],
+    multiple: int,
+) -> frozenset[int]:
+    """Filters of `removed` that stay after all, to fill up what Winograd kernels read and write."""
+    group_of = {number: group for group in groups for number in group}
+    found: set[int] = set()
+    for node, operation in coupling.operations.items():
+        entry = plan.get(str(node.meta.get(SITE, node.target)))
+        if entry is None or not entry.winograd:
+            continue
+        for image in (operation.inputs[0], node):
+            if image not in coupling.values:
+                continue
+            numbers = _numbers(coupling.values[image])
+            leaving = [number for number in numbers if number in removed and number not in found]
+            missing = -(len(numbers) - len(leaving)) % multiple
+            if missing <= len(leaving):
+                for number in leaving[:missing]:
+                    found |= group_of[number]
+    return frozenset(found)

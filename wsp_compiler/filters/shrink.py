@@ -51,12 +51,13 @@ class Shrunk:
     reasons: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def shrink(units: Mapping[str, fx.GraphModule], plan: PruningPlan) -> Shrunk:
+def shrink(units: Mapping[str, fx.GraphModule], plan: PruningPlan, multiple: int = 1) -> Shrunk:
     """Remove the channels of filters that method "fp" prunes, wherever nothing else holds them.
 
     Args:
         units: traced graphs, with the plan's batch-norm statistics; their modules are exchanged.
         plan: not modified.
+        multiple: of channels that the target's Winograd kernels want (`CodeTarget.channel_multiple`).
 
     Returns:
         The plan for the smaller graphs. Without filters to prune it is ``plan``.
@@ -70,7 +71,7 @@ def shrink(units: Mapping[str, fx.GraphModule], plan: PruningPlan) -> Shrunk:
         )
     )  # fmt: skip
     for gm in units.values():
-        removal = find_removal(gm, plan)
+        removal = find_removal(gm, plan, multiple=multiple)
         result.sizes.update(removal.sizes(gm))
         result.reasons.update(removal.reasons)
         for node, operation in removal.coupling.operations.items():
