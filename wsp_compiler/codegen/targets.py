@@ -39,7 +39,7 @@ class CodeTarget:
 
     @property
     def channel_multiple(self) -> int:
-        """What channels and filters should be a multiple of, for the fused CUDA kernel (`fused_applies`) to run them."""
+        """Channels and filters should be multiples of it, for the fused CUDA kernel (`fused_applies`) to run them."""
         return 32 if self.is_cuda else 1
 
 
