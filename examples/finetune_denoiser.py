@@ -7,7 +7,9 @@ of the training photos; no label and no clean photo is used, and the held-out ph
 after. Needs PyTorch, not the compiler's code generator. A run that was killed goes on from its checkpoint. What it
 writes is a packed state_dict of `wsp_compiler.prune(...)`: `load_pruned` reads it, `wsp_compiler.compile` takes that.
 On a GPU both networks run in bfloat16 and through torch.compile, which fuses what lies between the convolutions.
-examples/denoiser_pr80.safetensors is what it made at pr=0.8 (benchmarks/results/denoiser_finetuning_h100.json).
+What it made is shipped: examples/denoiser_pr80.safetensors (rows, --pr 0.8), denoiser_filters_pr80.safetensors and
+denoiser_filters_pr90.safetensors (--method fp --pr 0.594 and 0.706: 82 and 90% of the multiplications); their runs
+are in benchmarks/results/denoiser_finetuning_h100.json.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
     parser.add_argument("--batch", type=int, default=64, help="patches in a batch (default: 64)")
     parser.add_argument("--patch", type=int, default=64, help="side of a patch (default: 64)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: 0.001)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: 0.003)")
     parser.add_argument(
         "--method",
         default="wsp",

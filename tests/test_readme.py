@@ -64,6 +64,7 @@ def rows(name: str) -> list[dict[str, Any]]:
         ("conv_layers_h100_fp32.json", ["cudnn_fp32", "cudnn_winograd"]),
         ("conv_layers_h100_tf32.json", ["cudnn_tf32", "cudnn_winograd"]),
         ("conv_layers_h100_tf32_n1.json", ["cudnn_tf32", "cudnn_winograd"]),
+        ("conv_layers_h100_fp32_n1.json", ["cudnn_fp32", "cudnn_winograd"]),
         ("conv_layers_cpu_fp32.json", ["torch_fp32"]),
     ],
 )

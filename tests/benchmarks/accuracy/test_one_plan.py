@@ -33,7 +33,7 @@ class Scaled(nn.Module):
         return x * 0 + 10 - self.loss
 
 
-def as_it_is(model: nn.Module) -> nn.Module:
+def as_it_is(model: nn.Module, **options: Any) -> nn.Module:
     """In place of compile."""
     layers = [m for m in model.modules() if isinstance(m, wsp_compiler.WinogradConv2d)]
     model.achieved_pr = 1 - sum(float(m.keep.float().mean()) for m in layers) / len(layers)  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def fake_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fake_times")
 def test_the_most_pruned_that_is_good_enough_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsp_compiler, "compile", lambda model: model)
+    monkeypatch.setattr(wsp_compiler, "compile", lambda model, **options: model)
     x = torch.zeros(1, 1, 2, 2)
     subject = one_plan.Subject(
         Scaled(0.0),
