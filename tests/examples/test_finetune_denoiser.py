@@ -61,15 +61,20 @@ def test_a_short_run_writes_a_network_that_compiles(tmp_path: Path, method: str,
     assert not list(out.parent.glob("*.checkpoint"))
 
 
-def test_the_shipped_network_loses_little() -> None:
-    """Read on this machine, compiled: 0.15 dB on this photo where it was trained."""
+@pytest.mark.parametrize(
+    ("name", "pr", "most"),
+    [("pr80", 0.8, 0.14), ("filters_pr80", 0.819, 0.16), ("filters_pr90", 0.898, 0.25)],
+)
+def test_the_shipped_networks_lose_little(name: str, pr: float, most: float) -> None:
+    """Read on this machine, compiled; dB on this photo, a little more than where they were trained."""
     clean = photos.load("camera")
     x = photos.noisy(clean)
-    compiled = wsp_compiler.compile(finetune_denoiser.load_pruned())
-    assert compiled.achieved_pr == pytest.approx(0.8, abs=0.001)
+    path = finetune_denoiser.PRUNED_WEIGHTS.with_name(f"denoiser_{name}.safetensors")
+    compiled = wsp_compiler.compile(finetune_denoiser.load_pruned(path))
+    assert compiled.achieved_pr == pytest.approx(pr, abs=0.001)
     with torch.no_grad():
         dense, pruned = (psnr(network(x).clamp(0, 1), clean) for network in (load_denoiser(), compiled))
-    assert dense - pruned < 0.2
+    assert 0 < dense - pruned < most
 
 
 def test_patches_repeat_with_their_seed() -> None:
