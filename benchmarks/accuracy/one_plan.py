@@ -6,8 +6,8 @@
 Of several fine-tuned networks, the most pruned one counts that loses at most 0.3 dB (the denoiser, mean over the
 held-out photos) or one point of accuracy (ResNets, test images). Quality is that of the compiled network on this
 device, in the arithmetic that is timed: fp16 on CUDA, float32 on the CPU. All networks are timed together. "pr" is
-1 - kept Winograd weights / all, as on the CPU: channels that leave with pruned filters count as pruned, also those that
-CUDA kernels keep to fill up their multiple.
+1 - kept Winograd weights / all, on every device the CPU's: channels that leave with pruned filters count as pruned.
+"device_pr" counts those as kept that fill up the multiple of channels that this device's kernels want.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def judge(subject: Subject, device: str) -> list[Row]:
             copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
         )
         found = subject.quality(Cast(compiled, dtype))
-        counted = compiled if device == "cpu" else wsp_compiler.compile(copy.deepcopy(model), target="cpu")
-        row: Row = {"name": label, "failure": None, "pr": counted.achieved_pr}
+        plan_pr = wsp_compiler.compile(copy.deepcopy(model), target="cpu").achieved_pr
+        row: Row = {"name": label, "failure": None, "pr": plan_pr, "device_pr": compiled.achieved_pr}
         row |= {"dense_quality": reference, "quality": found, "loss": reference - found}
         rows.append(row | {"allowed": subject.allowed, "unit": subject.unit})
         print(f"{label}: pr={row['pr']:.3f}, loses {row['loss']:.4f} {subject.unit}", flush=True)

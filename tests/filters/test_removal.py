@@ -164,6 +164,8 @@ def test_kernels_get_their_multiple_of_channels_where_pruned_ones_suffice() -> N
     assert find_removal(gm, plan, multiple=1).sizes(gm) == {"a": (3, 3), "b": (4, 3)}
     removal = find_removal(gm, plan, multiple=4)
     assert removal.sizes(gm) == {"a": (4, 3), "b": (4, 4)}
+    assert set(removal.reasons) == {"a"}
+    assert "fill up a multiple of 4" in removal.reasons["a"]
     (fold,) = removal.folds.values()
     assert fold.stay.tolist() == [0, 3, 4, 5]
     assert find_removal(gm, plan, multiple=6).sizes(gm) == {}
@@ -176,3 +178,34 @@ def test_the_vendors_layers_lose_all_pruned_channels() -> None:
     plan = replace(plan, sites=sites)
     gm = traced.units[""]
     assert find_removal(gm, plan, multiple=4).sizes(gm)["a"] == (3, 3)
+
+
+def test_what_a_kernel_reads_is_filled_up_where_the_vendor_writes_it() -> None:
+    traced, plan = planned(Pair([-1.0] * 6), *ONLY_A, importance="l2")
+    plan = replace(plan, sites=plan.sites | {"a": replace(plan["a"], winograd=False)})
+    gm = traced.units[""]
+    assert find_removal(gm, plan, multiple=4).sizes(gm) == {"a": (4, 3), "b": (4, 4)}
+
+
+class Beside(nn.Module):
+    """A convolution reads two others' channels side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(3, 8), conv(16, 4)
+        for bias in (self.a.bias, self.b.bias):
+            nn.init.constant_(bias, -1.0)  # type: ignore[arg-type]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1))
+
+
+def test_channels_that_stay_already_count() -> None:
+    """6 channels of each are kept; those of "a" are filled up to 8 for its own kernel, "b" runs without one."""
+    rules = (PruneRule("[ab]", method="fp", pr=0.25), PruneRule("c", method="dense"))
+    traced, plan = planned(Beside(), *rules, importance="l2")
+    plan = replace(plan, sites=plan.sites | {"b": replace(plan["b"], winograd=False)})
+    gm = traced.units[""]
+    assert find_removal(gm, plan).sizes(gm) == {"a": (6, 3), "b": (6, 3), "c": (4, 12)}
+    assert find_removal(gm, plan, multiple=4).sizes(gm) == {}

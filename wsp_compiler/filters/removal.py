@@ -138,7 +138,10 @@ def find_removal(
         constants = {node: torch.where(value.isnan(), value, 1.0) for node, value in constants.items()}
     carriers, chosen = _carriers(coupling, plan, constants, groups, wanted)
     removed = wanted - carriers
-    removed -= _filling(coupling, plan, groups, removed, multiple)
+    filling = _filling(coupling, plan, groups, removed, multiple)
+    why = f"some of their channels fill up a multiple of {multiple}, which kernels want"
+    _explain(reasons, coupling, filling, keep, why)
+    removed -= filling
     removal = Removal(coupling, removed, reasons)
     for node, constant in constants_read(coupling, constants).items():
         stay = removal.stay(coupling.operations[node].inputs[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,14 @@ def fake_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fake_times")
 def test_the_most_pruned_that_is_good_enough_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsp_compiler, "compile", lambda model, **options: model)
+
+    def compile(model: Scaled, target: str | None = None) -> Scaled:
+        """On the device every network counts the same; what is chosen follows the CPU's count."""
+        compiled = copy.deepcopy(model)
+        compiled.achieved_pr = model.achieved_pr if target == "cpu" else 0.6
+        return compiled
+
+    monkeypatch.setattr(wsp_compiler, "compile", compile)
     x = torch.zeros(1, 1, 2, 2)
     subject = one_plan.Subject(
         Scaled(0.0),
@@ -63,6 +71,8 @@ def test_the_most_pruned_that_is_good_enough_is_chosen(monkeypatch: pytest.Monke
     )
     rows = one_plan.judge(subject, "cpu")
     assert [row["name"] for row in rows] == ["b", "c", "a"]
+    assert [row["pr"] for row in rows] == [0.9, 0.8, 0.7]
+    assert [row["device_pr"] for row in rows] == [0.6, 0.6, 0.6]
     assert [row["chosen"] for row in rows] == [False, True, False]
     assert rows[1]["loss"] == pytest.approx(0.1, abs=1e-5)
     assert [row["strongest_ratio"] for row in rows] == [1.5, 1.5, 1.5]
