@@ -136,3 +136,31 @@ def test_quoted_main_job_figures_are_those_of_the_results() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not re.search(r"@[a-z_.0-9]+@", README)
+
+
+ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").replace("**", "")
+
+
+def test_quoted_losses_of_fine_tuned_networks_are_those_of_the_results() -> None:
+    found = rows("denoiser_finetuning_h100.json")
+    before, after = (
+        {row["name"]: f"{row['mean_drop'][when]:.2f}" for row in found}
+        for when in ("calibrated", "fine-tuned")
+    )
+    again = {"wsp80": f"WSP lost {after['wsp80']} dB", "fp71 rate 0.001": f"FP {after['fp71 rate 0.001']} dB"}
+    for name in after:
+        assert again.get(name, f"| {before[name]} -> {after[name]} ") in " ".join(ACCURACY.split()), name
+    assert f"loses {after['wsp80 rate 0.003']} dB, without 90%" in " ".join(README.split())
+    assert f"multiplications {after['fp71 rate 0.003']} dB" in " ".join(README.split())
+
+
+def test_quoted_plans_with_both_numbers_are_those_of_the_results() -> None:
+    h100, cpu = (
+        {row["name"]: row for row in rows(f"one_plan_denoiser_{device}.json")} for device in ("h100", "cpu")
+    )
+    assert [name for name, row in h100.items() if row["chosen"]] == ["denoiser_filters_pr80"]
+    for name, row in h100.items():
+        assert (row["pr"], row["chosen"]) == (cpu[name]["pr"], cpu[name]["chosen"])
+        quoted = f"| {row['pr']:.2f} | {row['loss']:.2f} dB"
+        speeds = f"| {row['strongest_ratio']:.2f}x | {cpu[name]['strongest_ratio']:.2f}x |"
+        assert any(quoted in line and speeds in line for line in ACCURACY.splitlines()), name
